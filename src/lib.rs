@@ -1,0 +1,10 @@
+//! `pipeline`: from source to running, immutable machines, in one binary.
+//!
+//! Four levels; calls go down only (ARCHITECTURE.md tells more).
+
+// 2 · nouns of the field
+pub mod config;
+pub mod oci;
+// 1 · tools that know nothing of the field
+pub mod cmd;
+pub mod error;

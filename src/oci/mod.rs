@@ -1,0 +1,3 @@
+//! The OCI formats: digests, layouts, layers, registries.
+
+pub mod digest;
