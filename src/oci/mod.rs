@@ -1,3 +1,6 @@
 //! The OCI formats: digests, layouts, layers, registries.
 
+pub mod compress;
 pub mod digest;
+pub mod layer;
+pub mod unpack;
