@@ -3,9 +3,11 @@
 //! Four levels; calls go down only (ARCHITECTURE.md tells more).
 
 // 2 · nouns of the field
+pub mod artifact;
 pub mod config;
 pub mod oci;
 // 1 · tools that know nothing of the field
 pub mod cmd;
 pub mod error;
 pub mod fault;
+pub mod sandbox;

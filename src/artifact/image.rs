@@ -1,0 +1,201 @@
+//! An OCI image: its configuration and manifest, made and read.
+//!
+//! Made with sorted keys and nothing of the moment in them, so that the same layers and settings
+//! give the same digest (OCI image specification, "Image Configuration", "Image Manifest").
+
+use std::collections::BTreeMap;
+
+use anyhow::{Context as _, Result};
+use serde::{Deserialize, Serialize};
+use serde_json::{Value, json};
+
+use super::store::{Descriptor, MANIFEST_TYPE, Store};
+use crate::error::Problem;
+use crate::oci::digest::Digest;
+
+pub const CONFIG_TYPE: &str = "application/vnd.oci.image.config.v1+json";
+
+/// One layer of an image.
+#[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
+pub struct Layer {
+    pub descriptor: Descriptor,
+    pub diff_id: Digest,
+    /// Shown in the image's history.
+    pub created_by: String,
+}
+
+/// What an image says about how it runs (`config` of the configuration).
+#[derive(Debug, Clone, Default, PartialEq, Eq, Serialize, Deserialize)]
+#[serde(rename_all = "PascalCase")]
+pub struct RunConfig {
+    #[serde(default, skip_serializing_if = "String::is_empty")]
+    pub user: String,
+    #[serde(default, skip_serializing_if = "nothing")]
+    pub exposed_ports: Option<BTreeMap<String, Value>>,
+    #[serde(default, skip_serializing_if = "nothing")]
+    pub env: Option<Vec<String>>,
+    #[serde(default, skip_serializing_if = "nothing")]
+    pub entrypoint: Option<Vec<String>>,
+    #[serde(default, skip_serializing_if = "nothing")]
+    pub cmd: Option<Vec<String>>,
+    #[serde(default, skip_serializing_if = "nothing")]
+    pub volumes: Option<BTreeMap<String, Value>>,
+    #[serde(default, skip_serializing_if = "String::is_empty")]
+    pub working_dir: String,
+    #[serde(default, skip_serializing_if = "nothing")]
+    pub labels: Option<BTreeMap<String, String>>,
+    #[serde(default, skip_serializing_if = "nothing")]
+    pub stop_signal: Option<String>,
+    /// Docker's extension to the OCI configuration, which Docker reads back.
+    #[serde(default, skip_serializing_if = "nothing")]
+    pub healthcheck: Option<Value>,
+}
+
+#[expect(clippy::ref_option, reason = "serde hands the field over by reference")]
+fn nothing<T>(value: &Option<T>) -> bool {
+    value.is_none()
+}
+
+impl RunConfig {
+    /// The variables as pairs.
+    pub fn variables(&self) -> Vec<(String, String)> {
+        self.env.iter().flatten().map(|pair| pair.split_once('=').map_or((pair.clone(), String::new()), |(key, value)| (key.into(), value.into()))).collect()
+    }
+}
+
+/// An image configuration, as far as this program reads it.
+#[derive(Debug, Clone, Deserialize)]
+pub struct Config {
+    #[serde(default)]
+    pub architecture: String,
+    #[serde(default)]
+    pub os: String,
+    #[serde(default)]
+    pub config: RunConfig,
+    pub rootfs: RootFs,
+}
+
+#[derive(Debug, Clone, Deserialize)]
+pub struct RootFs {
+    pub diff_ids: Vec<Digest>,
+}
+
+/// A manifest, as far as this program reads it.
+#[derive(Debug, Clone, Deserialize)]
+pub struct Manifest {
+    pub config: Descriptor,
+    pub layers: Vec<Descriptor>,
+    #[serde(default)]
+    pub annotations: BTreeMap<String, String>,
+}
+
+/// What [`write`] is given.
+#[derive(Debug, Clone, PartialEq, Serialize)]
+pub struct Recipe {
+    pub config: RunConfig,
+    pub layers: Vec<Layer>,
+    pub annotations: BTreeMap<String, String>,
+    /// Seconds since 1970.
+    pub created: i64,
+}
+
+/// The bytes of configuration and manifest.
+pub fn encode(recipe: &Recipe) -> Result<(Vec<u8>, Vec<u8>)> {
+    let created = timestamp(recipe.created)?;
+    let history: Vec<Value> = recipe.layers.iter().map(|layer| json!({"created": created, "created_by": layer.created_by})).collect();
+    let config = json!({
+        "architecture": "amd64",
+        "os": "linux",
+        "created": created,
+        "config": recipe.config,
+        "rootfs": {"type": "layers", "diff_ids": recipe.layers.iter().map(|layer| layer.diff_id).collect::<Vec<_>>()},
+        "history": history,
+    });
+    let config = serde_json::to_vec(&sorted(config))?;
+    let mut manifest = json!({
+        "schemaVersion": 2,
+        "mediaType": MANIFEST_TYPE,
+        "config": Descriptor::new(CONFIG_TYPE, Digest::of(&config), config.len() as u64),
+        "layers": recipe.layers.iter().map(|layer| &layer.descriptor).collect::<Vec<_>>(),
+    });
+    if !recipe.annotations.is_empty() {
+        manifest["annotations"] = serde_json::to_value(&recipe.annotations)?;
+    }
+    Ok((config, serde_json::to_vec(&sorted(manifest))?))
+}
+
+/// The descriptor `write` would give, without writing.
+pub fn descriptor(recipe: &Recipe) -> Result<Descriptor> {
+    let (_, manifest) = encode(recipe)?;
+    Ok(image_descriptor(&manifest))
+}
+
+/// Puts configuration and manifest into the store; the layers are there already.
+pub fn write(store: &Store, recipe: &Recipe) -> Result<Descriptor> {
+    let (config, manifest) = encode(recipe)?;
+    store.put(&config)?;
+    store.put(&manifest)?;
+    Ok(image_descriptor(&manifest))
+}
+
+fn image_descriptor(manifest: &[u8]) -> Descriptor {
+    let mut descriptor = Descriptor::new(MANIFEST_TYPE, Digest::of(manifest), manifest.len() as u64);
+    descriptor.platform = Some(json!({"architecture": "amd64", "os": "linux"}));
+    descriptor
+}
+
+/// The manifest and configuration of an image in the store.
+pub fn read(store: &Store, digest: &Digest) -> Result<(Manifest, Config)> {
+    let bytes = store.read(digest)?;
+    let manifest: Manifest = serde_json::from_slice(&bytes).map_err(|error| Problem::failed(format!("{digest} is not an image manifest: {error}")))?;
+    let config = serde_json::from_slice(&store.read(&manifest.config.digest)?).context("the image's configuration is broken")?;
+    Ok((manifest, config))
+}
+
+/// The layers of an image in the store, bottom first.
+pub fn layers(store: &Store, digest: &Digest) -> Result<Vec<Layer>> {
+    let (manifest, config) = read(store, digest)?;
+    if manifest.layers.len() != config.rootfs.diff_ids.len() {
+        return Err(Problem::failed(format!("image {digest} names {} layers and {} diff ids", manifest.layers.len(), config.rootfs.diff_ids.len())).into());
+    }
+    let pairs = manifest.layers.into_iter().zip(config.rootfs.diff_ids);
+    Ok(pairs.map(|(descriptor, diff_id)| Layer { descriptor, diff_id, created_by: "base image".into() }).collect())
+}
+
+/// RFC 3339 in UTC.
+pub fn timestamp(seconds: i64) -> Result<String> {
+    Ok(jiff::Timestamp::from_second(seconds).with_context(|| format!("{seconds} is no time"))?.strftime("%Y-%m-%dT%H:%M:%SZ").to_string())
+}
+
+/// The value with every object's keys sorted, whatever features serde_json was built with.
+fn sorted(value: Value) -> Value {
+    match value {
+        Value::Object(map) => {
+            let ordered: BTreeMap<String, Value> = map.into_iter().map(|(key, value)| (key, sorted(value))).collect();
+            Value::Object(ordered.into_iter().collect())
+        }
+        Value::Array(items) => Value::Array(items.into_iter().map(sorted).collect()),
+        other => other,
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn bytes_are_pinned() {
+        let digest = Digest::of(b"layer");
+        let layer = Layer { descriptor: Descriptor::new("application/vnd.oci.image.layer.v1.tar+zstd", digest, 5), diff_id: digest, created_by: "base".into() };
+        let config = RunConfig { user: "1001:0".into(), env: Some(vec!["A=b".into()]), ..RunConfig::default() };
+        let recipe = Recipe { config, layers: vec![layer], annotations: BTreeMap::from([("a".into(), "b".into())]), created: 0 };
+        let (config, manifest) = encode(&recipe).unwrap();
+        assert_eq!(
+            String::from_utf8(config).unwrap(),
+            format!(
+                r#"{{"architecture":"amd64","config":{{"Env":["A=b"],"User":"1001:0"}},"created":"1970-01-01T00:00:00Z","history":[{{"created":"1970-01-01T00:00:00Z","created_by":"base"}}],"os":"linux","rootfs":{{"diff_ids":["{digest}"],"type":"layers"}}}}"#
+            )
+        );
+        assert!(String::from_utf8(manifest).unwrap().starts_with(r#"{"annotations":{"a":"b"},"config":{"digest":"sha256:"#));
+    }
+}

@@ -1,0 +1,4 @@
+//! What was built: the store, and what is kept in it beside the images.
+
+pub mod image;
+pub mod store;

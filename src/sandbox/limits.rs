@@ -1,0 +1,116 @@
+//! Limits of a command: a control group where one may be made, resource limits otherwise.
+//!
+//! Runs in the unshare process, whose root is the caller outside: it may make groups exactly
+//! where the caller may (root; a user with a delegated subtree). Undone by [`Group::drop`];
+//! empty groups a killed run left behind are removed by the next one.
+
+use std::path::{Path, PathBuf};
+
+use super::protocol::Limits;
+
+/// Prefix of our control groups.
+const PREFIX: &str = "pipeline-step-";
+
+/// The control groups of one command, removed on drop.
+#[derive(Debug, Default)]
+pub struct Group {
+    dirs: Vec<PathBuf>,
+    memory: bool,
+    processes: bool,
+}
+
+impl Group {
+    /// Makes the groups `limits` ask for, where it may; what it may not is left to resource limits.
+    pub fn make(limits: &Limits, id: u32) -> Self {
+        let mut group = Self::default();
+        if limits.memory.is_none() && limits.processes.is_none() {
+            return group;
+        }
+        let own = fs_err::read_to_string("/proc/self/cgroup").unwrap_or_default();
+        for line in own.lines() {
+            let mut fields = line.splitn(3, ':').skip(1);
+            let (Some(controllers), Some(path)) = (fields.next(), fields.next()) else { continue };
+            let (root, files): (PathBuf, [(&str, Option<u64>); 2]) = if controllers.is_empty() {
+                ("/sys/fs/cgroup".into(), [("memory.max", limits.memory), ("pids.max", limits.processes)])
+            } else {
+                (Path::new("/sys/fs/cgroup").join(controllers), [("memory.limit_in_bytes", limits.memory), ("pids.max", limits.processes)])
+            };
+            if !controllers.is_empty() && !controllers.split(',').any(|name| name == "memory" || name == "pids") {
+                continue;
+            }
+            let above = root.join(path.trim_start_matches('/'));
+            remove_empty(&above);
+            let dir = above.join(format!("{PREFIX}{id}"));
+            if fs_err::create_dir(&dir).is_err() {
+                continue;
+            }
+            for (file, value) in files {
+                if let Some(value) = value
+                    && dir.join(file).exists()
+                    && std::fs::OpenOptions::new().write(true).open(dir.join(file)).and_then(|mut file| std::io::Write::write_all(&mut file, value.to_string().as_bytes())).is_ok()
+                {
+                    group.memory |= file.starts_with("memory");
+                    group.processes |= file.starts_with("pids");
+                    let swap = dir.join(if controllers.is_empty() { "memory.swap.max" } else { "memory.memsw.limit_in_bytes" });
+                    if file.starts_with("memory") && swap.exists() {
+                        let _ = fs_err::write(&swap, if controllers.is_empty() { "0".into() } else { value.to_string() });
+                    }
+                }
+            }
+            group.dirs.push(dir);
+        }
+        group
+    }
+
+    /// Puts the calling process in; between fork and exec.
+    pub fn enter(&self) -> std::io::Result<()> {
+        for dir in &self.dirs {
+            let file = rustix::fs::open(dir.join("cgroup.procs"), rustix::fs::OFlags::WRONLY | rustix::fs::OFlags::CLOEXEC, rustix::fs::Mode::empty())?;
+            rustix::io::write(&file, b"0")?;
+        }
+        Ok(())
+    }
+
+    /// Sets what no control group covers as resource limits of the calling process; never above
+    /// the hard limit it inherited, which would need a capability.
+    pub fn set_rlimits(&self, limits: &Limits) -> std::io::Result<()> {
+        use rustix::process::{Resource, Rlimit, getrlimit, setrlimit};
+        let wanted = [
+            (Resource::As, limits.memory.filter(|_| !self.memory)),
+            (Resource::Nproc, limits.processes.filter(|_| !self.processes)),
+            (Resource::Fsize, limits.file_size),
+        ];
+        for (resource, value) in wanted {
+            if let Some(value) = value {
+                let value = getrlimit(resource).maximum.map_or(value, |hard| hard.min(value));
+                setrlimit(resource, Rlimit { current: Some(value), maximum: Some(value) })?;
+            }
+        }
+        Ok(())
+    }
+}
+
+impl Drop for Group {
+    fn drop(&mut self) {
+        for dir in &self.dirs {
+            // The group empties a moment after its last process is reaped.
+            for _ in 0..50 {
+                if rustix::fs::unlinkat(rustix::fs::CWD, dir, rustix::fs::AtFlags::REMOVEDIR).is_ok() {
+                    break;
+                }
+                std::thread::sleep(std::time::Duration::from_millis(2));
+            }
+        }
+    }
+}
+
+/// Removes our groups that hold nothing any more; one that is in use refuses.
+fn remove_empty(above: &Path) {
+    let Ok(entries) = fs_err::read_dir(above) else { return };
+    for entry in entries.flatten() {
+        if entry.file_name().to_string_lossy().starts_with(PREFIX) {
+            let _ = rustix::fs::unlinkat(rustix::fs::CWD, entry.path(), rustix::fs::AtFlags::REMOVEDIR);
+        }
+    }
+}
+
