@@ -1,0 +1,602 @@
+//! From source to image: read → plan (pure) → do → record.
+//!
+//! [`prepare`] reads the pipeline's inputs, [`plan::plan`] turns them into steps with keys,
+//! [`build`] runs the steps whose results are not in the store and makes the image of the layers
+//! that ship. Nothing changed means nothing run, and no process started.
+
+pub mod base;
+pub mod builder;
+pub mod debian;
+pub mod detect;
+pub mod explain;
+pub mod host;
+pub mod image;
+pub mod inside;
+pub mod lock;
+pub mod plan;
+pub mod record;
+pub mod secret;
+pub mod source;
+pub mod steps;
+pub mod verify;
+pub mod work;
+
+use std::collections::BTreeMap;
+use std::path::{Path, PathBuf};
+use std::time::Instant;
+
+use anyhow::{Context as _, Result};
+use serde::Serialize;
+
+use crate::artifact::store::{Descriptor, Hold, Lock, Store};
+use crate::config::types::{Base, BuilderRef, Configure, Pipeline, Source};
+use crate::error::Problem;
+use crate::oci::digest::{Digest, Hasher};
+use crate::progress::{Event, Outcome, Progress};
+use crate::sandbox::{self, Session};
+use base::{BaseImage, SetRequest};
+use builder::Builder;
+use host::Host;
+use plan::{BaseInput, Inputs, SetInput, Step};
+use record::{BuildRecord, BuiltStep, Found, StepRecord};
+use source::git::GitState;
+use source::listing::Listing;
+
+/// What every flow of a build is given.
+#[derive(Clone, Copy)]
+pub struct Build<'a> {
+    pub store: &'a Store,
+    pub host: &'a Host,
+    pub progress: &'a dyn Progress,
+    /// Where downloaded packages are; `None`: the store's own cache.
+    pub debs: Option<&'a Path>,
+}
+
+impl std::fmt::Debug for Build<'_> {
+    fn fmt(&self, f: &mut std::fmt::Formatter<'_>) -> std::fmt::Result {
+        f.debug_struct("Build").field("store", &self.store).finish_non_exhaustive()
+    }
+}
+
+impl Build<'_> {
+    pub fn debs(&self) -> PathBuf {
+        self.debs.map_or_else(|| self.store.cache("debs"), Path::to_path_buf)
+    }
+
+    /// Starts an unshare process.
+    pub fn session(&self, interactive: bool) -> Result<Session> {
+        Session::start(&sandbox::Options {
+            program: self.host.program.clone(),
+            own_network: false,
+            interactive,
+            fault: self.host.fault_inside,
+        })
+    }
+}
+
+/// The wishes of a caller of [`build`].
+#[derive(Debug, Clone, Default)]
+pub struct Options {
+    /// Refuse to resolve what the lock does not hold.
+    pub locked: bool,
+    /// Resolve locked packages anew that the archives no longer have.
+    pub update_missing: bool,
+    /// A shell in the step that fails.
+    pub shell: bool,
+    /// Where work folders are made; `None`: in the store.
+    pub work_dir: Option<PathBuf>,
+    /// Whether the result is tagged `NAME:latest` and remembered.
+    pub untagged: bool,
+}
+
+/// Everything that was read for a build.
+#[derive(Debug)]
+pub struct Prepared {
+    pub pipeline: Pipeline,
+    pub builder: Option<Builder>,
+    /// The runtime is an S2I builder image.
+    pub image_builder: bool,
+    pub lock: lock::Lock,
+    pub requests: Vec<SetRequest>,
+    pub base_image: Option<BaseImage>,
+    pub tar: Option<Digest>,
+    pub source_root: Option<PathBuf>,
+    pub listing: Option<Listing>,
+    pub lock_files: Option<Listing>,
+    pub git: Option<GitState>,
+    pub s2i_environment: BTreeMap<String, String>,
+    pub secrets: Vec<secret::Value>,
+    pub fingerprints: Vec<(String, String)>,
+    pub configure: Vec<Digest>,
+    pub source_epoch: i64,
+}
+
+impl Prepared {
+    /// The locked set a step installs.
+    pub fn set(&self, step: &str) -> Result<&lock::Set> {
+        let wanted = self.requests.iter().find(|wanted| wanted.step == step).context("a step with packages")?;
+        self.lock.sets.get(&wanted.request.key()).context("a locked set")
+    }
+
+    fn set_input(&self, step: &str) -> Option<SetInput> {
+        let set = self.set(step).ok()?;
+        let packages = set.packages.iter().map(|package| (package.name.clone(), package.version.clone(), package.sha256.hex())).collect();
+        Some(SetInput { suite: set.request.suite.clone(), packages, epoch: set.epoch() })
+    }
+
+    /// The plan of these inputs.
+    pub fn plan(&self) -> Result<Vec<Step>> {
+        let base = match (&self.base_image, &self.pipeline.base, self.tar) {
+            (Some(image), _, _) => BaseInput::Image { reference: image.name.clone(), digest: image.pinned },
+            (None, Base::Debian(_), _) => BaseInput::Debian(self.set_input("base").context("a locked base")?),
+            (None, _, Some(digest)) => BaseInput::Tar { digest },
+            _ => BaseInput::Scratch,
+        };
+        Ok(plan::plan(&Inputs {
+            pipeline: &self.pipeline,
+            base,
+            packages: self.set_input("packages"),
+            build_packages: self.set_input("build-packages"),
+            builder: self.builder.as_ref(),
+            image_builder: self.image_builder,
+            source: self.listing.as_ref().map(Listing::digest),
+            lock_files: self.lock_files.as_ref().map(Listing::digest),
+            s2i_environment: self.s2i_environment.clone(),
+            secrets: self.fingerprints.clone(),
+            configure: self.configure.clone(),
+            source_epoch: self.source_epoch,
+        }))
+    }
+}
+
+/// A finished build.
+#[derive(Debug, Clone, PartialEq, Serialize)]
+pub struct Built {
+    pub schema: u32,
+    /// `NAME:latest`.
+    pub name: String,
+    /// Digest of the image's manifest.
+    pub digest: Digest,
+    pub steps: Vec<BuiltStepSummary>,
+    pub seconds: f64,
+    /// Files of the source that differ from HEAD.
+    pub changed_files: usize,
+}
+
+/// One line of [`Built`].
+#[derive(Debug, Clone, PartialEq, Serialize)]
+pub struct BuiltStepSummary {
+    pub step: String,
+    pub key: Digest,
+    pub ran: bool,
+    pub seconds: f64,
+    /// Bytes of the layer's blob.
+    pub bytes: u64,
+}
+
+/// Reads everything a build of `pipeline` depends on. Resolves what the lock does not hold, and
+/// then writes the lock.
+pub fn prepare(build: &Build<'_>, pipeline: &Pipeline, locked: bool) -> Result<Prepared> {
+    let builder = Builder::load(&pipeline.runtime.builder)?;
+    let image_builder = matches!(pipeline.runtime.builder, BuilderRef::Image(_));
+    check_suite(pipeline, builder.as_ref())?;
+    let mut lock = lock::load(&pipeline.dir)?.unwrap_or_default();
+    let before = lock.clone();
+    let base_image = base::image_of(build, pipeline, &mut lock, locked, false)?;
+    let tar = match &pipeline.base {
+        Base::Tar { file, .. } if base_image.is_none() => Some(Digest::of_reader(fs_err::File::open(file)?)?.0),
+        _ => None,
+    };
+    let mut prepared = Prepared {
+        pipeline: pipeline.clone(),
+        builder,
+        image_builder,
+        lock,
+        requests: Vec::new(),
+        base_image,
+        tar,
+        source_root: None,
+        listing: None,
+        lock_files: None,
+        git: None,
+        s2i_environment: BTreeMap::new(),
+        secrets: Vec::new(),
+        fingerprints: Vec::new(),
+        configure: Vec::new(),
+        source_epoch: plan::FIXED_EPOCH,
+    };
+    resolve_sets(build, &mut prepared, locked)?;
+    if prepared.lock != before {
+        lock::save(&pipeline.dir, &prepared.lock)?;
+        build.progress.note(format!("wrote `{}`; commit it, so that every build is of the same packages", lock::FILE_NAME));
+    }
+    if prepared.builder.is_some() || image_builder {
+        read_source(build, &mut prepared)?;
+    }
+    read_configure(&mut prepared)?;
+    prepared.secrets = secret::read(&pipeline.build.secrets, &|name| build.host.variables.get(name).cloned())?;
+    if !prepared.secrets.is_empty() {
+        let key = build.store.hmac_key()?;
+        prepared.fingerprints =
+            prepared.secrets.iter().map(|value| Ok((value.id.clone(), secret::fingerprint(&key, value)?))).collect::<Result<_>>()?;
+    }
+    Ok(prepared)
+}
+
+/// A builder says which Debian suites it was made for.
+fn check_suite(pipeline: &Pipeline, builder: Option<&Builder>) -> Result<()> {
+    if let (Some(builder), Base::Debian(debian)) = (builder, &pipeline.base)
+        && !builder.meta.suites.contains(&debian.suite)
+    {
+        let suites: Vec<_> = builder.meta.suites.iter().map(ToString::to_string).collect();
+        return Err(Problem::usage(format!("builder `{}` is not made for `{}`", builder.meta.name, debian.suite)).hint(format!("it is made for {}", suites.join(", "))).into());
+    }
+    Ok(())
+}
+
+/// The package sets: from the lock, or resolved now.
+fn resolve_sets(build: &Build<'_>, prepared: &mut Prepared, locked: bool) -> Result<()> {
+    let meta = prepared.builder.as_ref().map(|builder| builder.meta.clone());
+    let pipeline = prepared.pipeline.clone();
+    let mut installed = String::new();
+    let mut on_image = None;
+    if base::packages_on_image(&pipeline, meta.as_ref()) {
+        let digest = prepared.base_image.as_ref().map(|image| image.pinned).or(prepared.tar).context("the digest of the base")?;
+        let known = prepared.lock.sets.values().find(|set| set.request.on.as_deref() == Some(&digest.to_string())).map(|set| set.request.suite.clone());
+        let suite = match known {
+            Some(suite) => suite,
+            None => {
+                let (status, suite) = read_base_image(build, prepared)?;
+                installed = status;
+                suite
+            }
+        };
+        on_image = Some((digest, suite));
+    }
+    prepared.requests = base::requests(&pipeline, meta.as_ref(), on_image.as_ref().map(|(digest, suite)| (digest, suite.as_str())));
+    for wanted in prepared.requests.clone() {
+        let key = wanted.request.key();
+        if prepared.lock.sets.contains_key(&key) {
+            continue;
+        }
+        if locked {
+            return Err(base::not_locked(&format!("the package set of step `{}`", wanted.step)).into());
+        }
+        if on_image.is_some() && installed.is_empty() {
+            installed = read_base_image(build, prepared)?.0;
+        }
+        let set = base::resolve(build, &pipeline, &wanted.request, &base::below(&prepared.lock, &wanted.request), &installed)?;
+        prepared.lock.sets.insert(key, set);
+    }
+    Ok(())
+}
+
+/// dpkg status and suite of a base that is not `debian:`; pulls or unpacks it.
+fn read_base_image(build: &Build<'_>, prepared: &mut Prepared) -> Result<(String, String)> {
+    let session = build.session(false)?;
+    if let Some(image) = &mut prepared.base_image {
+        base::pull(build, image)?;
+        let manifest = image.manifest.context("a pulled image")?;
+        return base::installed(build, &session, &crate::artifact::image::layers(build.store, &manifest)?);
+    }
+    // A tar base: its own step makes the tree, without packages on top.
+    let bare = plan::plan(&Inputs {
+        pipeline: &Pipeline { configure: Vec::new(), ..prepared.pipeline.clone() },
+        base: BaseInput::Tar { digest: prepared.tar.context("a tar base")? },
+        packages: None,
+        build_packages: None,
+        builder: None,
+        image_builder: false,
+        source: None,
+        lock_files: None,
+        s2i_environment: BTreeMap::new(),
+        secrets: Vec::new(),
+        configure: Vec::new(),
+        source_epoch: plan::FIXED_EPOCH,
+    });
+    let records = run_steps(build, prepared, &bare, vec![None], &Options::default())?;
+    let layers: Vec<_> = records.iter().flat_map(|(record, _)| record.layers.clone()).collect();
+    base::installed(build, &session, &layers)
+}
+
+fn read_source(build: &Build<'_>, prepared: &mut Prepared) -> Result<()> {
+    let (root, checkout) = match &prepared.pipeline.source {
+        Source::Path(path) => (path.clone(), None),
+        Source::Git { url, reference, dir, submodules } => {
+            let request = source::fetch::Request {
+                url,
+                reference: reference.as_deref(),
+                submodules: *submodules,
+                cache_dir: &build.store.cache("git"),
+                home: build.host.home.as_deref(),
+            };
+            let checkout = source::fetch::fetch(&request)?;
+            let root = dir.as_ref().map_or_else(|| checkout.path.clone(), |dir| checkout.path.join(dir));
+            if !root.is_dir() {
+                let dir = dir.as_ref().map(|dir| dir.display().to_string()).unwrap_or_default();
+                return Err(Problem::failed(format!("`{url}` has no folder `{dir}` at {}", checkout.commit)).hint("check `source.dir`").into());
+            }
+            (root, Some(checkout))
+        }
+    };
+    let cache_name = Digest::of(root.as_os_str().as_encoded_bytes()).hex();
+    let stat_cache = build.store.cache("stat").join(&cache_name);
+    let options = source::scan::ScanOptions { gitignore: checkout.is_none(), cache: Some(&stat_cache) };
+    let scan = source::scan::scan(&root, &options)?;
+    let digest = scan.listing.digest();
+    prepared.git = match &checkout {
+        Some(checkout) => Some(checkout.state(prepared_dir(&prepared.pipeline))?),
+        None => source::git::state(&root, &digest, Some(&build.store.cache("stat").join(format!("{cache_name}.git"))))?,
+    };
+    if let Some(git) = &prepared.git
+        && git.changed > 0
+    {
+        let files = if git.changed == 1 { "1 file differs".to_string() } else { format!("{} files differ", git.changed) };
+        build.progress.warn(format!("the work tree is built as it lies: {files} from commit {}", &git.head[..git.head.len().min(12)]));
+    }
+    prepared.source_epoch = build.host.source_date_epoch.or_else(|| prepared.git.as_ref().map(|git| git.last_commit.time)).unwrap_or(plan::FIXED_EPOCH);
+    if let Some(dependencies) = prepared.builder.as_ref().and_then(|builder| builder.meta.dependencies.as_ref()) {
+        prepared.lock_files = Some(scan.listing.filter(&dependencies.inputs)?);
+    }
+    prepared.s2i_environment = read_s2i_environment(&root)?;
+    prepared.listing = Some(scan.listing);
+    prepared.source_root = Some(root);
+    Ok(())
+}
+
+fn prepared_dir(pipeline: &Pipeline) -> Option<&Path> {
+    match &pipeline.source {
+        Source::Git { dir, .. } => dir.as_deref(),
+        Source::Path(_) => None,
+    }
+}
+
+/// `.s2i/environment`: `NAME=VALUE` lines; one pair of quotes around a value is taken off, as the
+/// test harness of the sclorg images does (reference: s2i, section 1.5).
+fn read_s2i_environment(root: &Path) -> Result<BTreeMap<String, String>> {
+    let path = root.join(".s2i/environment");
+    let text = match fs_err::read_to_string(&path) {
+        Ok(text) => text,
+        Err(error) if matches!(error.kind(), std::io::ErrorKind::NotFound | std::io::ErrorKind::NotADirectory) => return Ok(BTreeMap::new()),
+        Err(error) => return Err(error.into()),
+    };
+    Ok(parse_s2i_environment(&text))
+}
+
+fn parse_s2i_environment(text: &str) -> BTreeMap<String, String> {
+    let lines = text.lines().map(str::trim).filter(|line| !line.starts_with('#'));
+    lines
+        .filter_map(|line| line.split_once('='))
+        .filter(|(name, _)| !name.trim().is_empty())
+        .map(|(name, value)| {
+            let value = value.trim();
+            let unquoted = ['"', '\''].iter().find_map(|quote| value.strip_prefix(*quote)?.strip_suffix(*quote));
+            (name.trim().to_string(), unquoted.unwrap_or(value).to_string())
+        })
+        .collect()
+}
+
+/// A script's bytes, a playbook's whole folder.
+fn read_configure(prepared: &mut Prepared) -> Result<()> {
+    for configure in &prepared.pipeline.configure {
+        let digest = match configure {
+            Configure::Shell(path) => {
+                use std::os::unix::fs::PermissionsExt as _;
+                let executable = fs_err::metadata(path)?.permissions().mode() & 0o100 != 0;
+                let mut hasher = Hasher::new();
+                hasher.field([u8::from(executable)]).field(path.file_name().unwrap_or_default().as_encoded_bytes()).field(fs_err::read(path)?);
+                hasher.finish()
+            }
+            Configure::Ansible(path) => {
+                let folder = path.parent().context("a folder")?;
+                source::scan::scan(folder, &source::scan::ScanOptions { gitignore: true, cache: None })?.listing.digest()
+            }
+        };
+        prepared.configure.push(digest);
+    }
+    // Without a builder the configure steps are dated by their newest commit's folder: the pipeline's own.
+    Ok(())
+}
+
+/// What the store knows of each step; a corrupt blob is told and counts as nothing.
+pub fn look_up(build: &Build<'_>, steps: &[Step]) -> Result<Vec<Option<StepRecord>>> {
+    let mut records = Vec::new();
+    for step in steps {
+        records.push(match record::find(build.store, &step.key)? {
+            Found::Record(record) => Some(*record),
+            Found::Nothing => None,
+            Found::Corrupt(digest) => {
+                build.progress.warn(format!("blob {digest} of step `{}` is corrupt; it is built again", step.name));
+                None
+            }
+        });
+    }
+    Ok(records)
+}
+
+/// Builds `pipeline`.
+pub fn build(build: &Build<'_>, pipeline: &Pipeline, options: &Options) -> Result<Built> {
+    let started = Instant::now();
+    let mut prepared = prepare(build, pipeline, options.locked)?;
+    let (mut steps, mut found) = (prepared.plan()?, Vec::new());
+    for _ in 0..prepared.requests.len() + 1 {
+        found = look_up(build, &steps)?;
+        let run: Vec<&str> = steps.iter().zip(&found).filter(|(_, found)| found.is_none()).map(|(step, _)| step.name.as_str()).collect();
+        let requests: Vec<SetRequest> = prepared.requests.iter().filter(|wanted| run.contains(&wanted.step)).cloned().collect();
+        let mut lock = prepared.lock.clone();
+        if requests.is_empty() || !base::fetch_all(build, pipeline, &requests, &mut lock, options.update_missing, "")? {
+            break;
+        }
+        lock::save(&pipeline.dir, &lock)?;
+        prepared = prepare(build, pipeline, options.locked)?;
+        steps = prepared.plan()?;
+    }
+    let cached = found.iter().filter(|found| found.is_some()).count();
+    build.progress.event(Event::Plan { pipeline: pipeline.name.to_string(), steps: steps.iter().map(|step| step.name.clone()).collect(), cached });
+    let results = if cached == steps.len() {
+        sweep_leftovers(build)?;
+        found.into_iter().flatten().map(|record| (record, false)).collect()
+    } else {
+        if found.first().is_some_and(Option::is_none)
+            && let Some(image) = &mut prepared.base_image
+        {
+            base::pull(build, image)?;
+        }
+        run_steps(build, &prepared, &steps, found, options)?
+    };
+    finish(build, &prepared, &steps, results, options, started)
+}
+
+/// Removes what killed builds left, when nobody else is building.
+fn sweep_leftovers(build: &Build<'_>) -> Result<()> {
+    if !work::leftovers(build.store)? || Lock::try_now(&build.store.cache("work.lock"), Hold::Exclusive)?.is_none() {
+        return Ok(());
+    }
+    let session = build.session(false)?;
+    let work = work::Work::take(build.store, None, &|path| session.call("remove", &path))?;
+    work.remove(Some(&session))
+}
+
+/// Runs the steps that have no record, in order; answers every step's record and whether it ran.
+fn run_steps(
+    build: &Build<'_>,
+    prepared: &Prepared,
+    steps: &[Step],
+    found: Vec<Option<StepRecord>>,
+    options: &Options,
+) -> Result<Vec<(StepRecord, bool)>> {
+    let session = build.session(options.shell)?;
+    let work = work::Work::take(build.store, options.work_dir.as_deref(), &|path| session.call("remove", &path))?;
+    let finder = secret::Finder::new(&prepared.secrets)?;
+    let runner = steps::Runner { store: build.store, session: &session, work: &work, host: build.host, prepared, debs: build.debs(), finder: &finder, shell: options.shell };
+    let mut results: Vec<(StepRecord, bool)> = Vec::new();
+    let mut failed = None;
+    for (step, found) in steps.iter().zip(found) {
+        let below: Vec<StepRecord> = results.iter().map(|(record, _)| record.clone()).collect();
+        match one_step(build, &runner, step, &below, found) {
+            Ok(result) => results.push(result),
+            Err(error) => {
+                failed = Some(error);
+                break;
+            }
+        }
+    }
+    // After ^C or a killed unshare process, another one cleans up.
+    let cleaned = match work_is_alive(&session) {
+        true => work.remove(Some(&session)),
+        false => build.session(false).and_then(|session| work.remove(Some(&session))),
+    };
+    match failed {
+        Some(error) => Err(error),
+        None => cleaned.map(|()| results),
+    }
+}
+
+fn work_is_alive(session: &Session) -> bool {
+    session.call::<_, u64>("size", &Path::new("/proc/self/fdinfo")).is_ok()
+}
+
+fn one_step(build: &Build<'_>, runner: &steps::Runner<'_>, step: &Step, below: &[StepRecord], found: Option<StepRecord>) -> Result<(StepRecord, bool)> {
+    let name = step.name.clone();
+    if let Some(record) = found {
+        build.progress.event(Event::StepEnd { step: name, outcome: Outcome::Cached, seconds: 0.0, bytes: record.bytes() });
+        return Ok((record, false));
+    }
+    // Two builds of the same step: the second waits and takes the first one's result.
+    let _lock = Lock::wait(&build.store.cache("steps").join(format!("{}.lock", step.key.hex())), Hold::Exclusive)?;
+    if let Found::Record(record) = record::find(build.store, &step.key)? {
+        build.progress.event(Event::StepEnd { step: name, outcome: Outcome::Cached, seconds: 0.0, bytes: record.bytes() });
+        return Ok((*record, false));
+    }
+    let because = explain::because(build.store, runner.prepared.pipeline.name.as_str(), step)?;
+    build.progress.event(Event::StepStart { step: name.clone(), because });
+    let started = Instant::now();
+    match runner.run(step, below, build.progress) {
+        Ok(record) => {
+            if !record.dropped.is_empty() {
+                build.progress.warn(format!("step `{name}`: device nodes and sockets do not go into a layer and were left out: {}", record.dropped.join(", ")));
+            }
+            build.progress.event(Event::StepEnd { step: name, outcome: Outcome::Ran, seconds: record.seconds, bytes: record.bytes() });
+            Ok((record, true))
+        }
+        Err(error) => {
+            build.progress.event(Event::StepEnd { step: name.clone(), outcome: Outcome::Failed, seconds: started.elapsed().as_secs_f64(), bytes: 0 });
+            Err(error)
+        }
+    }
+}
+
+/// Writes the image, tags it, remembers the build.
+fn finish(build: &Build<'_>, prepared: &Prepared, steps: &[Step], results: Vec<(StepRecord, bool)>, options: &Options, started: Instant) -> Result<Built> {
+    let records: Vec<StepRecord> = results.iter().map(|(record, _)| record.clone()).collect();
+    let recipe = image::recipe(prepared, steps, &records)?;
+    refuse_secrets_in_config(prepared, &recipe)?;
+    let descriptor: Descriptor = crate::artifact::image::write(build.store, &recipe)?;
+    let name = format!("{}:latest", prepared.pipeline.name);
+    let summary = results.iter().map(|(record, ran)| BuiltStepSummary { step: record.step.clone(), key: record.key, ran: *ran, seconds: if *ran { record.seconds } else { 0.0 }, bytes: record.bytes() });
+    let built = Built {
+        schema: 1,
+        name: name.clone(),
+        digest: descriptor.digest,
+        steps: summary.collect(),
+        seconds: started.elapsed().as_secs_f64(),
+        changed_files: prepared.git.as_ref().map_or(0, |git| git.changed),
+    };
+    if !options.untagged {
+        build.store.tag(&name, &descriptor)?;
+        remember(build, prepared, steps, &results, descriptor.digest)?;
+    }
+    build.progress.event(Event::Built { name, digest: built.digest.to_string(), seconds: built.seconds });
+    Ok(built)
+}
+
+/// A secret that was also written into the pipeline file must not reach the image that way.
+fn refuse_secrets_in_config(prepared: &Prepared, recipe: &crate::artifact::image::Recipe) -> Result<()> {
+    let finder = secret::Finder::new(&prepared.secrets)?;
+    let (config, manifest) = crate::artifact::image::encode(recipe)?;
+    match finder.find(&config).or_else(|| finder.find(&manifest)) {
+        Some(id) => Err(Problem::failed(format!("the value of secret `{id}` is in the image's configuration")).hint("take it out of `image.env`, `image.labels` and `image.command`").into()),
+        None => Ok(()),
+    }
+}
+
+fn remember(build: &Build<'_>, prepared: &Prepared, steps: &[Step], results: &[(StepRecord, bool)], digest: Digest) -> Result<()> {
+    for listing in [&prepared.listing, &prepared.lock_files].into_iter().flatten() {
+        let path = build.store.cache("listings").join(listing.digest().hex());
+        if !path.exists() {
+            crate::artifact::store::write_atomic(&path, &listing.encode())?;
+        }
+    }
+    let steps = steps.iter().zip(results).map(|(step, (record, ran))| BuiltStep {
+        step: step.name.clone(),
+        key: step.key,
+        ingredients: step.ingredients.clone(),
+        ran: *ran,
+        seconds: if *ran { record.seconds } else { 0.0 },
+    });
+    record::remember(
+        build.store,
+        BuildRecord {
+            version: 1,
+            pipeline: prepared.pipeline.name.to_string(),
+            number: 0,
+            digest,
+            time: build.host.now,
+            head: prepared.git.as_ref().map(|git| git.head.clone()),
+            changed: prepared.git.as_ref().map_or(0, |git| git.changed),
+            steps: steps.collect(),
+        },
+    )
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn s2i_environment_lines() {
+        let text = "# c\nA=b\n  C = d e \nQ=\"x y\"\nS='z'\nH=\"a'\nbroken\n=x\nA=last\n";
+        let expected = [("A", "last"), ("C", "d e"), ("H", "\"a'"), ("Q", "x y"), ("S", "z")];
+        assert_eq!(parse_s2i_environment(text), expected.map(|(name, value)| (name.to_string(), value.to_string())).into());
+    }
+}

@@ -1,0 +1,258 @@
+//! The plan of a build: its steps, each with a key made of everything that goes into it.
+//!
+//! Pure: [`plan`] gets values and returns a value; `build`, `plan`, `explain` and the tests look
+//! at the same one. A step's key is the digest of its ingredients, and the key of the step below
+//! is one of them. Never an ingredient: mtime, path, host name, umask, user, clock.
+
+use std::collections::{BTreeMap, BTreeSet};
+
+use serde::{Deserialize, Serialize};
+
+use super::builder::Builder;
+use crate::config::types::{Configure, Limits, Network, Pipeline};
+use crate::oci::digest::{Digest, Hasher};
+
+/// The only platform for now.
+pub const PLATFORM: &str = "linux/amd64";
+/// Date of layers that no commit and no package dates: 1980-01-02, the first day that both ZIP
+/// and every time zone can hold. Seconds since 1970.
+pub const FIXED_EPOCH: i64 = 315_619_200;
+
+/// One thing that goes into a step.
+#[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
+pub struct Ingredient {
+    /// Like `variable MODE`, `package python3` or `script assemble`.
+    pub name: String,
+    pub value: String,
+    /// Whether `value` is the digest of a source listing, which `explain` can compare file by file.
+    #[serde(default, skip_serializing_if = "std::ops::Not::not")]
+    pub listing: bool,
+}
+
+/// What a step does. The number in [`Action::version`] goes up when its meaning changes.
+#[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
+#[serde(rename_all = "kebab-case")]
+pub enum Action {
+    /// A Debian tree from locked packages.
+    Debian,
+    /// The layers of an image or an OCI layout, as they are.
+    Image,
+    /// A tar file.
+    Tar,
+    /// Locked packages on the tree below.
+    Packages,
+    /// The builder's `dependencies` script.
+    Dependencies,
+    /// The builder's `assemble` script.
+    Assemble,
+    /// The configure step of this index.
+    Configure(usize),
+}
+
+impl Action {
+    const fn version(&self) -> &'static str {
+        match self {
+            Self::Debian => "debian 1",
+            Self::Image => "image 1",
+            Self::Tar => "tar 1",
+            Self::Packages => "packages 1",
+            Self::Dependencies => "dependencies 1",
+            Self::Assemble => "assemble 1",
+            Self::Configure(_) => "configure 1",
+        }
+    }
+}
+
+/// A step of the plan.
+#[derive(Debug, Clone, PartialEq, Serialize)]
+pub struct Step {
+    /// `base`, `packages`, `build-packages`, `dependencies`, `application`, `configure-1`, …
+    pub name: String,
+    pub action: Action,
+    pub key: Digest,
+    #[serde(skip)]
+    pub ingredients: Vec<Ingredient>,
+    /// Whether its layer is in the image; build packages are not.
+    pub ships: bool,
+    /// Seconds since 1970: every mtime of the layer, and `SOURCE_DATE_EPOCH` of the step.
+    pub epoch: i64,
+}
+
+/// A set of locked packages.
+#[derive(Debug, Clone, PartialEq, Eq)]
+pub struct SetInput {
+    pub suite: String,
+    /// Name, version and SHA-256 of each package.
+    pub packages: Vec<(String, String, String)>,
+    pub epoch: i64,
+}
+
+/// What stands at the bottom.
+#[derive(Debug, Clone, PartialEq, Eq)]
+pub enum BaseInput {
+    Debian(SetInput),
+    Image { reference: String, digest: Digest },
+    Tar { digest: Digest },
+    Scratch,
+}
+
+/// Everything [`plan`] looks at.
+#[derive(Debug)]
+pub struct Inputs<'a> {
+    pub pipeline: &'a Pipeline,
+    pub base: BaseInput,
+    /// Packages of runtime and builder on top of the base; none: no step.
+    pub packages: Option<SetInput>,
+    /// Packages only while building; none: no step.
+    pub build_packages: Option<SetInput>,
+    pub builder: Option<&'a Builder>,
+    /// An S2I builder image assembles too, with scripts of its own.
+    pub image_builder: bool,
+    /// Digest of the source's listing.
+    pub source: Option<Digest>,
+    /// Digest of the listing of lock files alone.
+    pub lock_files: Option<Digest>,
+    /// `.s2i/environment` of the source.
+    pub s2i_environment: BTreeMap<String, String>,
+    /// Fingerprint of each secret.
+    pub secrets: Vec<(String, String)>,
+    /// Digest of each configure step's file or folder.
+    pub configure: Vec<Digest>,
+    /// Date of the application layer.
+    pub source_epoch: i64,
+}
+
+/// The steps, bottom first.
+pub fn plan(inputs: &Inputs<'_>) -> Vec<Step> {
+    let mut chain = Chain { steps: Vec::new() };
+    match &inputs.base {
+        BaseInput::Debian(set) => chain.push("base", Action::Debian, true, set.epoch, packages(set)),
+        BaseInput::Image { reference, digest } => {
+            let name = format!("image {reference}");
+            chain.push("base", Action::Image, true, FIXED_EPOCH, vec![plain("content", digest.to_string()), note(&name)]);
+        }
+        BaseInput::Tar { digest } => chain.push("base", Action::Tar, true, FIXED_EPOCH, vec![plain("tar file", digest.to_string())]),
+        BaseInput::Scratch => {}
+    }
+    if let Some(set) = &inputs.packages {
+        chain.push("packages", Action::Packages, true, set.epoch, packages(set));
+    }
+    if let Some(set) = &inputs.build_packages {
+        chain.push("build-packages", Action::Packages, false, set.epoch, packages(set));
+    }
+    let build = &inputs.pipeline.build;
+    if let Some(builder) = inputs.builder {
+        if let (Some(_), Some(lock_files)) = (&builder.meta.dependencies, inputs.lock_files) {
+            let mut ingredients = common(inputs, builder);
+            // Dependency steps always have the network: that is what they are for.
+            ingredients.push(plain("network", "host"));
+            ingredients.push(listing("lock files", lock_files));
+            ingredients.extend(script(builder, "dependencies"));
+            chain.push("dependencies", Action::Dependencies, true, FIXED_EPOCH, ingredients);
+        }
+        let mut ingredients = common(inputs, builder);
+        ingredients.extend(variables("s2i variable", &inputs.s2i_environment));
+        ingredients.push(plain("network", network(build.network)));
+        ingredients.extend(inputs.source.map(|digest| listing("source", digest)));
+        ingredients.extend(builder.scripts.keys().filter(|name| *name != "dependencies").flat_map(|name| script(builder, name)));
+        chain.push("application", Action::Assemble, true, inputs.source_epoch, ingredients);
+    } else if inputs.image_builder {
+        let mut ingredients = settings(inputs);
+        ingredients.extend(variables("s2i variable", &inputs.s2i_environment));
+        ingredients.push(plain("network", network(build.network)));
+        ingredients.extend(inputs.source.map(|digest| listing("source", digest)));
+        chain.push("application", Action::Assemble, true, inputs.source_epoch, ingredients);
+    }
+    for (index, (configure, digest)) in inputs.pipeline.configure.iter().zip(&inputs.configure).enumerate() {
+        let mut ingredients = settings(inputs);
+        ingredients.push(plain("network", network(build.network)));
+        ingredients.push(match configure {
+            Configure::Shell(_) => plain("shell script", digest.to_string()),
+            Configure::Ansible(path) => {
+                let name = path.file_name().map(|name| name.to_string_lossy().into_owned()).unwrap_or_default();
+                plain(format!("playbook {name}"), digest.to_string())
+            }
+        });
+        chain.push(&format!("configure-{}", index + 1), Action::Configure(index), true, inputs.source_epoch, ingredients);
+    }
+    chain.steps
+}
+
+struct Chain {
+    steps: Vec<Step>,
+}
+
+impl Chain {
+    fn push(&mut self, name: &str, action: Action, ships: bool, epoch: i64, mut ingredients: Vec<Ingredient>) {
+        if let Some(below) = self.steps.last() {
+            ingredients.insert(0, plain(format!("step {}", below.name), below.key.to_string()));
+        }
+        ingredients.push(plain("date", epoch.to_string()));
+        let key = key(&action, &ingredients);
+        self.steps.push(Step { name: name.into(), action, key, ingredients, ships, epoch });
+    }
+}
+
+/// The digest of a step's version, platform and ingredients.
+fn key(action: &Action, ingredients: &[Ingredient]) -> Digest {
+    let mut hasher = Hasher::new();
+    hasher.field("pipeline step").field(action.version()).field(PLATFORM);
+    for ingredient in ingredients.iter().filter(|ingredient| !ingredient.value.is_empty()) {
+        hasher.field(&ingredient.name).field(&ingredient.value);
+    }
+    hasher.finish()
+}
+
+fn plain(name: impl Into<String>, value: impl Into<String>) -> Ingredient {
+    Ingredient { name: name.into(), value: value.into(), listing: false }
+}
+
+/// Shown, but no part of the key.
+fn note(name: &str) -> Ingredient {
+    plain(name, "")
+}
+
+fn listing(name: &str, digest: Digest) -> Ingredient {
+    Ingredient { name: name.into(), value: digest.to_string(), listing: true }
+}
+
+fn packages(set: &SetInput) -> Vec<Ingredient> {
+    let mut ingredients = vec![plain("suite", &set.suite)];
+    let rows: BTreeSet<_> = set.packages.iter().collect();
+    ingredients.extend(rows.into_iter().map(|(name, version, sha256)| plain(format!("package {name}"), format!("{version} {sha256}"))));
+    ingredients
+}
+
+fn variables(kind: &str, variables: &BTreeMap<String, String>) -> Vec<Ingredient> {
+    // A length before the value keeps an empty one in the key.
+    variables.iter().map(|(name, value)| plain(format!("{kind} {name}"), format!("{}:{value}", value.len()))).collect()
+}
+
+fn script(builder: &Builder, name: &str) -> Vec<Ingredient> {
+    builder.scripts.get(name).map(|bytes| plain(format!("builder script {name}"), Digest::of(bytes).to_string())).into_iter().collect()
+}
+
+/// What every step of the builder's has in its key.
+fn common(inputs: &Inputs<'_>, builder: &Builder) -> Vec<Ingredient> {
+    let mut ingredients = vec![plain("builder scripts folder", &builder.meta.scripts), plain("builder destination", &builder.meta.destination)];
+    ingredients.extend(variables("builder variable", &builder.meta.env));
+    ingredients.extend(settings(inputs));
+    ingredients
+}
+
+fn settings(inputs: &Inputs<'_>) -> Vec<Ingredient> {
+    let build = &inputs.pipeline.build;
+    let mut ingredients = variables("variable", &build.env);
+    ingredients.extend(inputs.secrets.iter().map(|(id, fingerprint)| plain(format!("secret {id}"), fingerprint)));
+    if build.limits != Limits::default() {
+        ingredients.push(plain("limits", serde_json::to_string(&build.limits).unwrap_or_default()));
+    }
+    ingredients
+}
+
+const fn network(network: Network) -> &'static str {
+    match network {
+        Network::None => "none",
+        Network::Host => "host",
+    }
+}
