@@ -18,7 +18,7 @@ pub mod yaml;
 use std::io::Read as _;
 use std::path::Path;
 
-use anyhow::{Context as _, Result};
+use anyhow::Result;
 
 pub use find::{find, names};
 
@@ -70,7 +70,7 @@ pub fn read(file: &Path, cwd: &Path) -> Result<String> {
         Err(error) if error.kind() == std::io::ErrorKind::NotFound => {
             return Err(Problem::usage(format!("the file {shown} does not exist")).into());
         }
-        Err(error) => return Err(error).context(Problem::usage(format!("cannot read {shown}"))),
+        Err(error) => return Err(Problem::usage(error.to_string()).into()),
     };
     if metadata.is_dir() {
         return Err(Problem::usage(format!("{shown} is a folder, not a file")).into());
@@ -79,9 +79,9 @@ pub fn read(file: &Path, cwd: &Path) -> Result<String> {
         return Err(Problem::usage(format!("{shown} is not a regular file")).into());
     }
     let mut bytes = Vec::new();
-    let cannot_read = || Problem::usage(format!("cannot read {shown}"));
-    let open = fs_err::File::open(file).with_context(cannot_read)?;
-    open.take(yaml::TEXT_MAX as u64 + 1).read_to_end(&mut bytes).with_context(cannot_read)?;
+    let cannot_read = |error: std::io::Error| Problem::usage(error.to_string());
+    let open = fs_err::File::open(file).map_err(cannot_read)?;
+    open.take(yaml::TEXT_MAX as u64 + 1).read_to_end(&mut bytes).map_err(cannot_read)?;
     if bytes.len() > yaml::TEXT_MAX {
         return Err(Problem::usage(format!("{shown} is larger than {} KiB", yaml::TEXT_MAX / 1024)).into());
     }

@@ -1,0 +1,4 @@
+//! The flow from source to image.
+
+pub mod builder;
+pub mod detect;
