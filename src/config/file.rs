@@ -172,6 +172,7 @@ pub struct Limits {
     pub memory: Option<String>,
     /// Processes and threads a step may have at once.
     #[serde(default)]
+    #[schemars(range(min = 1))]
     pub processes: Option<u64>,
     /// Largest file a step may write, like `10G`.
     #[serde(default)]
@@ -203,6 +204,7 @@ pub struct Image {
     pub labels: BTreeMap<String, String>,
     /// TCP port the program listens on.
     #[serde(default)]
+    #[schemars(range(min = 1, max = 65535))]
     pub port: Option<u16>,
     /// `USER`, `UID` or `UID:GID`. Default: the builder's.
     #[serde(default)]
