@@ -2,6 +2,8 @@
 //!
 //! Four levels; calls go down only (ARCHITECTURE.md tells more).
 
+// 3 · flows, one folder per family
+pub mod build;
 // 2 · nouns of the field
 pub mod config;
 pub mod oci;

@@ -1,0 +1,3 @@
+//! `pipeline build`: base + runtime + source become an OCI image.
+
+pub mod source;
