@@ -1,3 +1,4 @@
 //! The OCI formats: digests, layouts, layers, registries.
 
+pub mod credentials;
 pub mod digest;
