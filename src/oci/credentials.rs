@@ -29,7 +29,10 @@ const TOKEN_USER: &str = "<token>";
 #[derive(Clone, PartialEq, Eq)]
 pub enum Credential {
     Anonymous,
-    Password { user: String, password: String },
+    Password {
+        user: String,
+        password: String,
+    },
     /// A refresh token: exchanged at the registry's token service.
     Identity(String),
     /// A token sent as it is.
@@ -142,7 +145,8 @@ impl Credentials {
             }
         }
         for (_, auth) in file.auths.iter().filter(|(name, _)| normalise(name) == key) {
-            if let Some(credential) = credential(auth).with_context(|| format!("cannot use the entry for `{key}` in `{}`", path.display()))?
+            if let Some(credential) =
+                credential(auth).with_context(|| format!("cannot use the entry for `{key}` in `{}`", path.display()))?
             {
                 return Ok(Some((credential, format!("`{}`", path.display()))));
             }
@@ -209,7 +213,9 @@ fn normalise(key: &str) -> String {
 fn read(path: &Path) -> Result<Option<File>> {
     let bytes = match fs_err::read(path) {
         Ok(bytes) => bytes,
-        Err(error) if matches!(error.kind(), std::io::ErrorKind::NotFound | std::io::ErrorKind::NotADirectory) => return Ok(None),
+        Err(error) if matches!(error.kind(), std::io::ErrorKind::NotFound | std::io::ErrorKind::NotADirectory) => {
+            return Ok(None);
+        }
         Err(error) => {
             return Err(anyhow::Error::new(error).context(Problem::failed("cannot read the credentials for registries")));
         }
@@ -219,9 +225,14 @@ fn read(path: &Path) -> Result<Option<File>> {
     }
     // serde's own words quote the value it tripped over, which may be the password: only the position is told.
     serde_json::from_slice(&bytes).map(Some).map_err(|error| {
-        Problem::failed(format!("`{}` is not a valid credentials file, line {} column {}", path.display(), error.line(), error.column()))
-            .hint("`docker login` and `podman login` write it; repair it or move it away")
-            .into()
+        Problem::failed(format!(
+            "`{}` is not a valid credentials file, line {} column {}",
+            path.display(),
+            error.line(),
+            error.column()
+        ))
+        .hint("`docker login` and `podman login` write it; repair it or move it away")
+        .into()
     })
 }
 
