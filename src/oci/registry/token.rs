@@ -1,0 +1,162 @@
+//! The right to pull: reads what a registry asks for in `WWW-Authenticate` and gets a token from
+//! its token service (distribution specification, "Token Authentication"). Done here and not by
+//! the protocol crate because that one knows no identity tokens and drops the service's status.
+
+use oci_client::secrets::RegistryAuth;
+
+use super::connection::{Way, retrying};
+use super::trouble::Trouble;
+use crate::oci::credentials::Credential;
+
+/// A name for the token service's log.
+const CLIENT_ID: &str = "pipeline";
+
+pub(super) struct Ask<'a> {
+    pub http: &'a reqwest::Client,
+    pub way: Way,
+    pub repository: &'a str,
+    pub credential: &'a Credential,
+}
+
+/// One challenge: its scheme in lower case and its parameters.
+#[derive(Debug, PartialEq, Eq)]
+struct Challenge {
+    scheme: String,
+    parameters: Vec<(String, String)>,
+}
+
+impl Challenge {
+    fn get(&self, name: &str) -> Option<&str> {
+        self.parameters.iter().find(|(key, _)| key == name).map(|(_, value)| value.as_str())
+    }
+}
+
+impl Ask<'_> {
+    /// What to send with each request. Without a challenge, or with one there is no credential
+    /// for, nothing: the request itself tells whether that is enough.
+    pub(super) async fn answer(&self, challenges: &[String]) -> Result<RegistryAuth, Trouble> {
+        if let Credential::Bearer(token) = self.credential {
+            return Ok(RegistryAuth::Bearer(token.clone()));
+        }
+        let challenges: Vec<Challenge> = challenges.iter().flat_map(|text| parse(text)).collect();
+        if let Some(bearer) = challenges.iter().find(|challenge| challenge.scheme == "bearer" && challenge.get("realm").is_some())
+        {
+            return retrying(async || self.token(bearer).await).await.map(RegistryAuth::Bearer);
+        }
+        match self.credential {
+            Credential::Password { user, password } if challenges.iter().any(|challenge| challenge.scheme == "basic") => {
+                Ok(RegistryAuth::Basic(user.clone(), password.clone()))
+            }
+            _ => Ok(RegistryAuth::Anonymous),
+        }
+    }
+
+    async fn token(&self, challenge: &Challenge) -> Result<String, Trouble> {
+        let realm = challenge.get("realm").unwrap_or_default();
+        if *self.credential != Credential::Anonymous && !self.way.plain && !realm.to_ascii_lowercase().starts_with("https://") {
+            return Err(Trouble::Other("it wants the credentials sent to a token service without TLS".into()));
+        }
+        let scope = format!("repository:{}:pull", self.repository);
+        let mut parameters = vec![("scope", scope.as_str())];
+        parameters.extend(challenge.get("service").map(|service| ("service", service)));
+        let request = match self.credential {
+            Credential::Identity(token) => {
+                parameters.extend([("grant_type", "refresh_token"), ("client_id", CLIENT_ID), ("refresh_token", token)]);
+                self.http.post(realm).form(&parameters)
+            }
+            Credential::Password { user, password } => self.http.get(realm).query(&parameters).basic_auth(user, Some(password)),
+            Credential::Anonymous | Credential::Bearer(_) => self.http.get(realm).query(&parameters),
+        };
+        let response = request.send().await?;
+        let status = response.status();
+        let body = response.text().await?;
+        // A refresh token that is no longer good is a 400 (RFC 6749, section 5.2).
+        let refused = status.as_u16() == 400 && matches!(self.credential, Credential::Identity(_));
+        if !status.is_success() {
+            return Err(Trouble::from_status(if refused { 401 } else { status.as_u16() }, &body));
+        }
+        let answer: serde_json::Value = serde_json::from_str(&body).unwrap_or_default();
+        let token = ["token", "access_token"].iter().find_map(|key| answer[key].as_str()).filter(|token| !token.is_empty());
+        token.map(str::to_owned).ok_or_else(|| Trouble::Other("its token service answered without a token".into()))
+    }
+}
+
+/// The challenges of one header: `Bearer realm="…",service="…", Basic realm="…"` (RFC 9110, 11.6.1).
+fn parse(header: &str) -> Vec<Challenge> {
+    let mut challenges: Vec<Challenge> = Vec::new();
+    let mut rest = header;
+    loop {
+        rest = rest.trim_start_matches([' ', '\t', ',']);
+        let end = rest.find([' ', '\t', ',', '=']).unwrap_or(rest.len());
+        let (word, after) = rest.split_at(end);
+        if word.is_empty() {
+            return challenges;
+        }
+        let Some(value) = after.strip_prefix('=') else {
+            challenges.push(Challenge { scheme: word.to_ascii_lowercase(), parameters: Vec::new() });
+            rest = after;
+            continue;
+        };
+        let (value, after) = match value.strip_prefix('"') {
+            Some(quoted) => unquote(quoted),
+            None => {
+                let end = value.find([' ', '\t', ',']).unwrap_or(value.len());
+                (value[..end].to_owned(), &value[end..])
+            }
+        };
+        rest = after;
+        let Some(challenge) = challenges.last_mut() else { return challenges };
+        challenge.parameters.push((word.to_ascii_lowercase(), value));
+    }
+}
+
+/// The text up to the closing quote without its backslashes, and what comes after.
+fn unquote(text: &str) -> (String, &str) {
+    let mut value = String::new();
+    let mut characters = text.char_indices();
+    while let Some((index, character)) = characters.next() {
+        match character {
+            '"' => return (value, &text[index + 1..]),
+            '\\' => value.extend(characters.next().map(|(_, escaped)| escaped)),
+            other => value.push(other),
+        }
+    }
+    (value, "")
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn challenges_are_read_as_registries_write_them() {
+        let challenge = |scheme: &str, parameters: &[(&str, &str)]| Challenge {
+            scheme: scheme.into(),
+            parameters: parameters.iter().map(|(key, value)| ((*key).into(), (*value).into())).collect(),
+        };
+        for (header, expected) in [
+            (
+                r#"Bearer realm="https://auth.docker.io/token",service="registry.docker.io",scope="repository:a:pull,push""#,
+                vec![challenge(
+                    "bearer",
+                    &[
+                        ("realm", "https://auth.docker.io/token"),
+                        ("service", "registry.docker.io"),
+                        ("scope", "repository:a:pull,push"),
+                    ],
+                )],
+            ),
+            (r#"BASIC Realm="Registry \"x\"""#, vec![challenge("basic", &[("realm", "Registry \"x\"")])]),
+            (
+                r#"Basic realm=plain, Bearer realm="r" , service=s"#,
+                vec![challenge("basic", &[("realm", "plain")]), challenge("bearer", &[("realm", "r"), ("service", "s")])],
+            ),
+            ("Negotiate", vec![challenge("negotiate", &[])]),
+            ("", vec![]),
+            (r#"=x"#, vec![]),
+            (r#"Bearer realm="unclosed"#, vec![challenge("bearer", &[("realm", "unclosed")])]),
+        ] {
+            assert_eq!(parse(header), expected, "{header}");
+        }
+    }
+}
