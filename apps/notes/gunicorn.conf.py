@@ -1,0 +1,10 @@
+"""How gunicorn serves notes. Bind address and worker count come from PORT and WEB_CONCURRENCY."""
+
+wsgi_app = "wsgi:application"
+worker_class = "gthread"
+threads = 4
+# After SIGTERM requests under way have this long, in seconds, to finish.
+graceful_timeout = 20
+# The application writes its own access log, one JSON object per line.
+accesslog = None
+errorlog = "-"
