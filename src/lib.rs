@@ -8,3 +8,4 @@ pub mod oci;
 // 1 · tools that know nothing of the field
 pub mod cmd;
 pub mod error;
+pub mod sandbox;

@@ -1,0 +1,3 @@
+//! Runs commands on layered trees in namespaces.
+
+pub mod probe;
