@@ -369,6 +369,49 @@ fn an_identity_token_is_exchanged_and_renewed() {
 }
 
 #[test]
+fn a_password_goes_to_the_token_service_and_no_further() {
+    let dir = tempfile::tempdir().unwrap();
+    let (manifest, config) = tiny();
+    // Where large registries keep their blobs: another host, by a signed address.
+    let elsewhere = scripted(move |request, _| match request.header("authorization") {
+        None => Answer::ok(config.clone()),
+        Some(_) => Answer::status(400),
+    });
+    let storage = elsewhere.port;
+    let basic = format!("Basic {}", base64::engine::general_purpose::STANDARD.encode(format!("{USER}:{PASSWORD}")));
+    let server = scripted(move |request, _| {
+        let authorization = request.header("authorization").unwrap_or_default();
+        match request.path.as_str() {
+            "/v2/" => Answer::status(401)
+                .header("www-authenticate", &format!("Bearer realm=\"http://127.0.0.1:{}/token\"", request.port)),
+            "/token" if authorization == basic => Answer::ok(r#"{"token":"right"}"#),
+            "/token" => Answer::status(401).body(r#"{"details":"incorrect username or password"}"#),
+            _ if authorization != "Bearer right" => Answer::status(401),
+            "/v2/team/app/manifests/1" => Answer::ok(manifest.clone()),
+            _ => Answer::status(307).header("location", &format!("http://localhost:{storage}/blob?signature=s3cret")),
+        }
+    });
+    let host = format!("127.0.0.1:{}", server.port);
+    let app = reference(server.port, "team/app:1");
+    let options = RegistryOptions {
+        docker_config: Some(auth_file(dir.path(), "config.json", &host, PASSWORD)),
+        ..RegistryOptions::default()
+    };
+    let pulled = registry(&options).pull(&app, None, &Memory::default()).unwrap();
+    assert_eq!(pulled.config_bytes, tiny().1);
+    assert_eq!(elsewhere.log(), ["GET /blob"]);
+
+    let options = RegistryOptions {
+        docker_config: Some(auth_file(dir.path(), "wrong.json", &host, "s3cret")),
+        ..RegistryOptions::default()
+    };
+    let (code, message, _) = told(&registry(&options).pull(&app, None, &Memory::default()).unwrap_err());
+    let expected =
+        format!("registry `{host}` did not allow to pull `{app}`: it answered with status 401 (incorrect username or password)");
+    assert_eq!((code, message), (1, expected));
+}
+
+#[test]
 fn overloaded_registries_are_tried_again_and_refusals_are_not() {
     let (manifest, config) = tiny();
     for (status, body, tries, code, message) in [
