@@ -87,7 +87,7 @@ pub struct MetaFile {
 #[derive(Debug, Clone, PartialEq, Eq, Deserialize, JsonSchema)]
 #[serde(deny_unknown_fields)]
 pub struct Detect {
-    /// File names or globs (`*`, `?`) of which one is in the source's root.
+    /// File names or globs (`*`, `?`) of which one is in the source's root, or in a folder of it as in `public/*.html`.
     pub any: Vec<String>,
     /// The builder with the highest wins. Default: 0.
     #[serde(default)]
@@ -199,16 +199,19 @@ impl Builder {
         let missing: Vec<&str> = REQUIRED.into_iter().filter(|name| !scripts.contains_key(*name)).collect();
         if !missing.is_empty() {
             let verb = if missing.len() == 1 { "is" } else { "are" };
-            let problem = Problem::usage(format!("the builder `{}` is not whole: {} {verb} missing", meta.name, quoted(&missing)));
+            let problem =
+                Problem::usage(format!("the builder `{}` is not whole: {} {verb} missing", meta.name, quoted(&missing)));
             return Err(problem.hint(format!("scripts lie in {shown}/{}", SCRIPTS.trim_end_matches('/'))).into());
         }
         match (&meta.dependencies, scripts.contains_key(DEPENDENCIES)) {
             (Some(_), false) => {
-                let problem = Problem::usage(format!("the builder `{}` has `dependencies:` in {META} but no such script", meta.name));
+                let problem =
+                    Problem::usage(format!("the builder `{}` has `dependencies:` in {META} but no such script", meta.name));
                 Err(problem.hint(format!("write {shown}/{SCRIPTS}{DEPENDENCIES}, or remove the key")).into())
             }
             (None, true) => {
-                let problem = Problem::usage(format!("the builder `{}` has a script `{DEPENDENCIES}` but no inputs for it", meta.name));
+                let problem =
+                    Problem::usage(format!("the builder `{}` has a script `{DEPENDENCIES}` but no inputs for it", meta.name));
                 Err(problem.hint(format!("add `dependencies: {{ inputs: [LOCK-FILE] }}` to {shown}/{META}")).into())
             }
             _ => Ok(Self { meta, scripts, files }),
@@ -246,7 +249,13 @@ fn check(written: MetaFile, root: &Place<'_>, findings: &mut Findings) -> Option
     suites.sort_unstable();
     suites.dedup();
     if let Some(detect) = &written.detect {
-        globs(findings, &detect.any, &root.key("detect").key("any"));
+        let place = root.key("detect").key("any");
+        globs(findings, &detect.any, &place);
+        for (index, glob) in detect.any.iter().enumerate() {
+            if glob.rsplit_once('/').is_some_and(|(folder, _)| folder.contains(['*', '?'])) {
+                findings.add(&place.item(index), format!("`{glob}` has `*` or `?` in the name of a folder"), None);
+            }
+        }
     }
     if let Some(dependencies) = &written.dependencies {
         globs(findings, &dependencies.inputs, &root.key("dependencies").key("inputs"));
@@ -449,7 +458,7 @@ port: 8080
 
     #[test]
     fn what_is_wrong_in_a_builder_yaml() {
-        let text = "name: X\nsummary: S\nsuites: [jessie]\npackages: [A]\ndetect: { any: [] }\n\
+        let text = "name: X\nsummary: S\nsuites: [jessie]\npackages: [A]\ndetect: { any: ['*/x'] }\n\
                     dependencies: { inputs: [../x, '[ab]'] }\nenv: { 1: a }\nworkdir: opt\nuser: ROOT\nport: 0\nscript: /x\n";
         let found: Vec<(usize, String)> =
             parse(Path::new("builder.yaml"), text).unwrap_err().into_iter().map(|found| (found.line, found.message)).collect();
@@ -457,7 +466,7 @@ port: 8080
             (1, "`X` is not a name: lower case letters, digits and inner `.`, `_`, `-`"),
             (3, "`jessie` is not a Debian suite that is known here"),
             (4, "`A` is not the name of a Debian package"),
-            (5, "at least one file is named here"),
+            (5, "`*/x` has `*` or `?` in the name of a folder"),
             (6, "`../x` is not a path below the source"),
             (6, "`[ab]` is not a glob that is understood here"),
             (7, "`1` is not the name of a variable"),
@@ -467,6 +476,9 @@ port: 8080
             (11, "unknown key `script`"),
         ];
         assert_eq!(found, expected.map(|(line, message)| (line, message.to_owned())));
+        let empty = parse(Path::new("x"), "name: x\nsummary: S\ndetect: { any: [] }\ndependencies: { inputs: [] }\n").unwrap_err();
+        let found: Vec<(usize, &str)> = empty.iter().map(|found| (found.line, found.message.as_str())).collect();
+        assert_eq!(found, [(3, "at least one file is named here"), (4, "at least one file is named here")]);
     }
 
     #[test]
@@ -525,7 +537,10 @@ port: 8080
             (without("", &[META]), "the builder b has no `builder.yaml`"),
             (without("", &["s2i/bin/run"]), "the builder `x` is not whole: `run` is missing"),
             (without("", &["s2i/bin/run", "s2i/bin/assemble"]), "the builder `x` is not whole: `assemble` and `run` are missing"),
-            (without("dependencies: { inputs: [a] }", &[]), "the builder `x` has `dependencies:` in builder.yaml but no such script"),
+            (
+                without("dependencies: { inputs: [a] }", &[]),
+                "the builder `x` has `dependencies:` in builder.yaml but no such script",
+            ),
             (with_dependencies, "the builder `x` has a script `dependencies` but no inputs for it"),
             (
                 files("x", "prot: 80\n"),

@@ -4,6 +4,8 @@
 //! read from files that say it (a Procfile, a lock file, a route in the source), never invented: a folder that fits no builder is
 //! an error that says what was seen and what to write. Opens files of the folder, runs nothing.
 
+mod unknown;
+
 use std::fmt::Write as _;
 use std::io::Read as _;
 use std::path::Path;
@@ -65,7 +67,7 @@ pub fn detect_with(dir: &Path, builders: &[&Meta]) -> Result<Detection> {
     let mut fitting: Vec<Fit<'_>> = builders.iter().filter_map(|meta| folder.fit(meta)).collect();
     fitting.sort_by_key(|fit| (std::cmp::Reverse(fit.priority), fit.meta.name.clone()));
     let Some((chosen, others)) = fitting.split_first() else {
-        return Err(nothing_fits(&folder, builders).into());
+        return Err(unknown::problem(&folder, builders).into());
     };
     let meta = chosen.meta;
     let mut reasons = vec![format!("found {}: the builder is `{}` ({})", quoted(&chosen.files), meta.name, meta.summary)];
@@ -118,7 +120,9 @@ pub fn pipeline_yaml(detection: &Detection) -> String {
     match &detection.process {
         Some(process) => {
             let argument = serde_json::Value::from(format!("exec {}", one_line(process)));
-            text += &format!("  # command: [sh, -c, {argument}]       # as the Procfile has it, instead of the builder's run script\n");
+            text += &format!(
+                "  # command: [sh, -c, {argument}]       # as the Procfile has it, instead of the builder's run script\n"
+            );
         }
         None => text += "  # command: [program, argument]        # instead of the builder's run script\n",
     }
@@ -178,10 +182,23 @@ impl<'d> Folder<'d> {
         if self.has(name) { read(&self.dir.join(name)) } else { None }
     }
 
+    /// The files a glob means: in the root, or in the one folder it names.
+    fn matching(&self, glob: &str) -> Vec<String> {
+        let Some((folder, name)) = glob.rsplit_once('/').filter(|(folder, _)| *folder != ".") else {
+            return self.files.iter().filter(|file| matches(glob, file)).cloned().collect();
+        };
+        let inner = self.dir.join(folder);
+        // A folder that is not there holds no match.
+        let Ok(inner) = Folder::open(&inner) else { return Vec::new() };
+        inner.files.iter().filter(|file| matches(name, file)).map(|file| format!("{folder}/{file}")).collect()
+    }
+
     fn fit<'m>(&self, meta: &'m Meta) -> Option<Fit<'m>> {
         let detect = meta.detect.as_ref()?;
-        let files = self.files.iter().filter(|file| detect.any.iter().any(|glob| matches(glob, file)));
-        let files: Vec<String> = files.take(5).cloned().collect();
+        let mut files: Vec<String> = detect.any.iter().flat_map(|glob| self.matching(glob)).collect();
+        files.sort_unstable();
+        files.dedup();
+        files.truncate(5);
         (!files.is_empty()).then_some(Fit { meta, priority: detect.priority, files })
     }
 }
@@ -197,30 +214,33 @@ fn one_line(text: &str) -> String {
     text.chars().map(|c| if c.is_control() || matches!(c, '\u{2028}' | '\u{2029}' | '\u{feff}') { ' ' } else { c }).collect()
 }
 
+/// Lock files that pip does not read, and what exports them.
+const PYTHON_LOCKS: [(&str, &str); 4] = [
+    ("uv.lock", "uv export --frozen --no-dev --no-emit-project -o requirements.txt"),
+    ("poetry.lock", "poetry export -o requirements.txt"),
+    ("pdm.lock", "pdm export --prod -o requirements.txt"),
+    ("Pipfile.lock", "pipenv requirements --hash > requirements.txt"),
+];
+
+/// The file pip installs from, and whether it is a lock file.
 fn python_locks(folder: &Folder<'_>) -> Vec<String> {
-    let mut reasons = Vec::new();
-    let locks: Vec<&str> =
-        ["uv.lock", "poetry.lock", "pdm.lock", "Pipfile.lock", "pylock.toml"].into_iter().filter(|name| folder.has(name)).collect();
-    if !locks.is_empty() {
-        reasons.push(format!("{} is a lock file; exported to `requirements.txt` with hashes it is what pip installs from", quoted(&locks)));
-    }
-    match folder.read("requirements.txt") {
-        Some(text) if text.contains("--hash=") => {
-            reasons.push("`requirements.txt` has `--hash=` lines: it is a lock file, and the same packages come every time".into());
+    let lock = ["requirements.lock", "requirements.txt"].into_iter().find_map(|name| Some((name, folder.read(name)?)));
+    let Some((name, text)) = lock else {
+        let others = PYTHON_LOCKS.iter().filter(|(name, _)| folder.has(name));
+        let mut reasons: Vec<String> =
+            others.map(|(name, export)| format!("`{name}` is not read by pip: `{export}` makes of it what is")).collect();
+        if reasons.is_empty() {
+            reasons.push("there is no `requirements.txt`: `pip-compile --generate-hashes` writes it, with hashes, when there are dependencies".into());
         }
-        Some(text) => {
-            let lines = text.lines().map(str::trim).filter(|line| !line.is_empty() && !line.starts_with(['#', '-']));
-            let (all, pinned) = lines.fold((0, 0), |(all, pinned), line| (all + 1, pinned + usize::from(line.contains("=="))));
-            let hint = "`pip-compile --generate-hashes` or `uv pip compile --generate-hashes` makes it a lock file";
-            reasons.push(format!("`requirements.txt` has no `--hash=` lines ({pinned} of {all} versions are pinned): {hint}"));
-        }
-        None => reasons.push(
-            "there is no `requirements.txt`: without one with hashes, what is installed may be different tomorrow \
-             (`pip-compile --generate-hashes` writes it from `pyproject.toml`)"
-                .into(),
-        ),
+        return reasons;
+    };
+    if text.contains("--hash=") {
+        return vec![format!("`{name}` has `--hash=` lines: it is a lock file, and the same packages come every time")];
     }
-    reasons
+    let lines = text.lines().map(str::trim).filter(|line| !line.is_empty() && !line.starts_with(['#', '-']));
+    let (all, pinned) = lines.fold((0, 0), |(all, pinned), line| (all + 1, pinned + usize::from(line.contains("=="))));
+    let hint = "`pip-compile --generate-hashes` makes it a lock file";
+    vec![format!("`{name}` has no `--hash=` lines ({pinned} of {all} versions are pinned): {hint}")]
 }
 
 fn node_locks(folder: &Folder<'_>) -> Vec<String> {
@@ -323,8 +343,8 @@ fn search(root: &Path, dir: &Path, depth: usize, budget: &mut usize, found: &mut
         } else if path.is_file() && path.extension().is_some_and(|is| SOURCE_EXTENSIONS.iter().any(|known| is == *known)) {
             *budget -= 1;
             let text = read(&path).unwrap_or_default();
-            let has = |wanted: &&str| ['"', '\'', '`'].iter().any(|quote| text.contains(&format!("{quote}{wanted}{quote}")));
-            if let Some(index) = HEALTH_PATHS.iter().position(|wanted| has(&wanted)) {
+            let has = |wanted: &str| ['"', '\'', '`'].iter().any(|quote| text.contains(&format!("{quote}{wanted}{quote}")));
+            if let Some(index) = HEALTH_PATHS.iter().position(|wanted| has(wanted)) {
                 found.push((index, path.strip_prefix(root).unwrap_or(&path).display().to_string()));
             }
         }
@@ -342,145 +362,8 @@ fn dockerfile(folder: &Folder<'_>) -> Option<String> {
     Some(format!("`Dockerfile` is not used{says}"))
 }
 
-/// A language there is no builder for, and how one could begin.
-struct Known {
-    file: &'static str,
-    language: &'static str,
-    packages: &'static str,
-    build_packages: &'static str,
-    inputs: &'static str,
-    dependencies: &'static str,
-    assemble: &'static str,
-    run: &'static str,
-}
-
-/// By the file that tells; what stands in the scripts is a beginning, not a promise.
-const KNOWN: [Known; 6] = [
-    Known {
-        file: "go.mod",
-        language: "Go",
-        packages: "ca-certificates",
-        build_packages: "ca-certificates, golang-go",
-        inputs: "go.mod, go.sum",
-        dependencies: "cd /tmp/src && go mod download",
-        assemble: "cd /tmp/src && go build -o /opt/app/app .",
-        run: "exec /opt/app/app",
-    },
-    Known {
-        file: "Cargo.toml",
-        language: "Rust",
-        packages: "ca-certificates",
-        build_packages: "ca-certificates, cargo",
-        inputs: "Cargo.toml, Cargo.lock",
-        dependencies: "cd /tmp/src && mkdir -p src && touch src/main.rs && cargo fetch --locked",
-        assemble: "cd /tmp/src && cargo build --release --locked --offline && install -D -t /opt/app target/release/NAME",
-        run: "exec /opt/app/NAME",
-    },
-    Known {
-        file: "pom.xml",
-        language: "Java with Maven",
-        packages: "default-jre-headless",
-        build_packages: "ca-certificates, default-jdk-headless, maven",
-        inputs: "pom.xml",
-        dependencies: "cd /tmp/src && mvn -B dependency:go-offline",
-        assemble: "cd /tmp/src && mvn -B -o package && install -D target/*.jar /opt/app/app.jar",
-        run: "exec java -jar /opt/app/app.jar",
-    },
-    Known {
-        file: "Gemfile",
-        language: "Ruby",
-        packages: "bundler, ruby",
-        build_packages: "build-essential, ca-certificates, ruby-dev",
-        inputs: "Gemfile, Gemfile.lock",
-        dependencies: "cd /tmp/src && BUNDLE_PATH=/opt/gems bundle install",
-        assemble: "mkdir -p /opt/app && cp -a /tmp/src/. /opt/app/",
-        run: "BUNDLE_PATH=/opt/gems exec bundle exec rackup -o 0.0.0.0 -p 8080",
-    },
-    Known {
-        file: "composer.json",
-        language: "PHP",
-        packages: "php-cli",
-        build_packages: "ca-certificates, composer",
-        inputs: "composer.json, composer.lock",
-        dependencies: "mkdir -p /opt/app && cp /tmp/src/composer.* /opt/app && cd /opt/app && composer install --no-dev --no-scripts",
-        assemble: "mkdir -p /opt/app && cp -a /tmp/src/. /opt/app/",
-        run: "exec php -S 0.0.0.0:8080 -t /opt/app/public",
-    },
-    Known {
-        file: "",
-        language: "",
-        packages: "ca-certificates",
-        build_packages: "make",
-        inputs: "LOCK-FILE",
-        dependencies: "cd /tmp/src && echo 'install what LOCK-FILE names'",
-        assemble: "cd /tmp/src && make && make install DESTDIR=/opt/app",
-        run: "exec /opt/app/PROGRAM",
-    },
-];
-
-impl Known {
-    /// The files of a builder to begin with: path, text, and what the file is for.
-    fn example(&self) -> [(&'static str, String, &'static str); 4] {
-        let name = self.language.split(' ').next().filter(|word| !word.is_empty()).unwrap_or("mine").to_lowercase();
-        let yaml = format!(
-            "name: {name}\nsummary: {} applications\npackages: [{}]\nbuild_packages: [{}]\ndependencies: {{ inputs: [{}] }}\nport: 8080\n",
-            if self.language.is_empty() { "My" } else { self.language },
-            self.packages,
-            self.build_packages,
-            self.inputs
-        );
-        let script = |line: &str| format!("#!/bin/sh -e\n{line}\n");
-        [
-            ("builder.yaml", yaml, "what it needs"),
-            ("s2i/bin/dependencies", script(self.dependencies), "has the network, and sees only the inputs in /tmp/src"),
-            ("s2i/bin/assemble", script(self.assemble), "has no network, and all of the source in /tmp/src"),
-            ("s2i/bin/run", script(self.run), "starts the application"),
-        ]
-    }
-}
-
-/// What was seen, and what to write.
-fn nothing_fits(folder: &Folder<'_>, builders: &[&Meta]) -> Problem {
-    let known: Vec<&Known> = KNOWN.iter().filter(|known| folder.has(known.file)).collect();
-    let mut seen: Vec<String> = known.iter().map(|known| format!("`{}` ({})", known.file, known.language)).collect();
-    seen.extend(["Dockerfile", "Containerfile", "Makefile"].iter().filter(|name| folder.has(name)).map(|name| format!("`{name}`")));
-    if seen.is_empty() {
-        seen.extend(folder.files.iter().take(5).map(|name| format!("`{}`", one_line(name))));
-    }
-    let seen = if seen.is_empty() { "it has no files".into() } else { format!("saw {}", seen.join(", ")) };
-    let mut problem = Problem::failed(format!("no builder fits {}: {seen}", folder.dir.display()));
-    let wants = builders.iter().filter_map(|meta| Some(format!("`{}` looks for {}", meta.name, quoted(&meta.detect.as_ref()?.any))));
-    let wants: Vec<String> = wants.collect();
-    if !wants.is_empty() {
-        problem = problem.hint(wants.join("; "));
-    }
-    if folder.files.is_empty() {
-        return problem.hint("go to the folder with the source and call `pipeline init` there");
-    }
-    if folder.has("Dockerfile") || folder.has("Containerfile") {
-        problem = problem.hint(
-            "a Dockerfile is not read: its `FROM` becomes `base`, its `RUN` lines the scripts of a builder, its `EXPOSE` and `CMD` \
-             `image.port` and `image.command`",
-        );
-    }
-    let known = known.first().copied().unwrap_or(&KNOWN[KNOWN.len() - 1]);
-    let mut text = String::from(
-        "write a builder in the folder `builder/`, and a `pipeline.yaml` with `name: …`, `base: { debian: trixie }` and \
-         `runtime: { builder: ./builder }`; to begin with:",
-    );
-    for (path, content, purpose) in known.example() {
-        text += &format!("\n  builder/{path}: {purpose}");
-        for line in content.lines() {
-            text += &format!("\n    {line}");
-        }
-    }
-    problem.hint(text)
-}
-
 #[cfg(test)]
 mod tests {
-    use std::collections::BTreeMap;
-
     use super::*;
     use crate::build::builder::tests::files;
     use crate::config;
@@ -488,8 +371,11 @@ mod tests {
     fn builders() -> Vec<Builder> {
         [
             ("node", "detect: { any: [package.json], priority: 40 }\nport: 8080\n"),
-            ("python", "detect: { any: [requirements.txt, pyproject.toml], priority: 50 }\nsuites: [bookworm, trixie]\nport: 8080\n"),
-            ("static", "detect: { any: [index.html], priority: 10 }\nport: 8080\n"),
+            (
+                "python",
+                "detect: { any: [requirements.txt, pyproject.toml], priority: 50 }\nsuites: [bookworm, trixie]\nport: 8080\n",
+            ),
+            ("static", "detect: { any: [index.html, 'public/*.html'], priority: 10 }\nport: 8080\n"),
             ("twin", "detect: { any: [package.json], priority: 40 }\nsuites: [bookworm]\n"),
         ]
         .map(|(name, extra)| Builder::from_files(Path::new(name), files(name, extra)).unwrap())
@@ -509,6 +395,9 @@ mod tests {
         let result = detect_with(&dir, &builders.iter().map(|builder| &builder.meta).collect::<Vec<_>>());
         (parent, result)
     }
+
+    /// Paths and texts.
+    type Files<'f> = &'f [(&'f str, &'f str)];
 
     fn sentences(texts: &[&str]) -> Vec<String> {
         texts.iter().map(ToString::to_string).collect()
@@ -571,10 +460,13 @@ mod tests {
 
     #[test]
     fn lock_files_of_python() {
-        let cases: [(&[(&str, &str)], &str); 3] = [
-            (&[("requirements.txt", "# x\nflask==3\nrequests\n-r more.txt\n")], "`requirements.txt` has no `--hash=` lines (1 of 2 versions are pinned): "),
+        let cases: [(Files<'_>, &str); 3] = [
+            (
+                &[("requirements.txt", "# x\nflask==3\nrequests\n-r more.txt\n")],
+                "`requirements.txt` has no `--hash=` lines (1 of 2 versions are pinned): ",
+            ),
             (&[("pyproject.toml", "")], "there is no `requirements.txt`: "),
-            (&[("pyproject.toml", ""), ("uv.lock", "")], "`uv.lock` is a lock file; "),
+            (&[("pyproject.toml", ""), ("uv.lock", "")], "`uv.lock` is not read by pip: `uv export "),
         ];
         for (files, expected) in cases {
             let reasons = detected("x", files).1.unwrap().reasons;
@@ -584,10 +476,13 @@ mod tests {
 
     #[test]
     fn what_is_written_is_a_pipeline() {
-        let cases: [(&str, &[(&str, &str)]); 4] = [
+        let cases: [(&str, Files<'_>); 4] = [
             ("notes", &[("requirements.txt", "a==1"), ("Procfile", "web: sh -c \"echo \\\"x\\\" # y\"\n")]),
-            ("Site: #1", &[("index.html", "")]),
-            ("日本", &[("package.json", "{\"scripts\":{\"start\":\"a\\nb: [\"}}"), ("Procfile", "web: a\u{2028}b --port 3000\r\n")]),
+            ("Site: #1", &[("public/index.html", "")]),
+            (
+                "日本",
+                &[("package.json", "{\"scripts\":{\"start\":\"a\\nb: [\"}}"), ("Procfile", "web: a\u{2028}b --port 3000\r\n")],
+            ),
             ("1.0", &[("pyproject.toml", ""), ("Dockerfile", "EXPOSE 80\u{85}name: x\n")]),
         ];
         for (name, files) in cases {
@@ -596,7 +491,8 @@ mod tests {
             let file = keep.path().join(name).join("pipeline.yaml");
             let text = pipeline_yaml(&found);
             fs_err::write(&file, &text).unwrap();
-            let pipeline = config::load_with(&file, keep.path(), &["node", "python", "static"]).unwrap_or_else(|error| panic!("{error}\n{text}"));
+            let pipeline = config::load_with(&file, keep.path(), &["node", "python", "static"])
+                .unwrap_or_else(|error| panic!("{error}\n{text}"));
             assert_eq!(
                 (pipeline.name, pipeline.runtime.builder, pipeline.image.port, pipeline.image.health.map(|health| health.check)),
                 (found.name, BuilderRef::Embedded(found.builder), found.port, found.health),
@@ -609,14 +505,18 @@ mod tests {
                 None => line.strip_prefix("# ").or_else(|| line.strip_prefix('#')).unwrap_or(line).to_owned(),
             });
             let uncommented = format!("name:{}", keys.collect::<Vec<_>>().join("\n"));
-            assert!(uncommented.contains("\nbuild:\n  packages: [gcc] ") && uncommented.contains("\n  volumes: ["), "{uncommented}");
-            config::parse(&file, &uncommented, &["node", "python", "static"]).unwrap_or_else(|found| panic!("{found:#?}\n{uncommented}"));
+            assert!(
+                uncommented.contains("\nbuild:\n  packages: [gcc] ") && uncommented.contains("\n  volumes: ["),
+                "{uncommented}"
+            );
+            config::parse(&file, &uncommented, &["node", "python", "static"])
+                .unwrap_or_else(|found| panic!("{found:#?}\n{uncommented}"));
         }
     }
 
     #[test]
     fn anything_else_says_what_was_seen_and_what_to_write() {
-        let cases: [(&[(&str, &str)], &str, &str); 5] = [
+        let cases: [(Files<'_>, &str, &str); 5] = [
             (&[("go.mod", ""), ("Dockerfile", "")], "saw `go.mod` (Go), `Dockerfile`", "go build"),
             (&[("Dockerfile", "")], "saw `Dockerfile`", "make install"),
             (&[("Gemfile", "")], "saw `Gemfile` (Ruby)", "rackup"),
@@ -630,21 +530,17 @@ mod tests {
             assert_eq!(error.to_string(), format!("no builder fits {}: {seen}", dir.display()));
             assert_eq!(crate::error::exit_code(&error), 1);
             let hints = crate::error::hints(&error);
-            assert_eq!(hints[0], "`node` looks for `package.json`; `python` looks for `requirements.txt` and `pyproject.toml`; `static` looks for `index.html`; `twin` looks for `package.json`");
+            assert_eq!(
+                hints[0],
+                "`node` looks for `package.json`; `python` looks for `requirements.txt` and `pyproject.toml`; `static` looks for `index.html` and `public/*.html`; `twin` looks for `package.json`"
+            );
             assert!(hints.last().unwrap().contains(write), "{hints:?}");
-            assert_eq!(hints.iter().any(|hint| hint.starts_with("a Dockerfile is not read")), files.iter().any(|(name, _)| *name == "Dockerfile"));
+            assert_eq!(
+                hints.iter().any(|hint| hint.starts_with("a Dockerfile is not read")),
+                files.iter().any(|(name, _)| *name == "Dockerfile")
+            );
         }
         assert_eq!(crate::error::exit_code(&detect(Path::new("/nowhere/at/all")).unwrap_err()), 2);
-    }
-
-    #[test]
-    fn the_examples_are_whole_builders() {
-        for known in &KNOWN {
-            let files: BTreeMap<String, Vec<u8>> =
-                known.example().into_iter().map(|(path, text, _)| (path.to_owned(), text.into_bytes())).collect();
-            let builder = Builder::from_files(Path::new("builder"), files).unwrap();
-            assert_eq!(builder.meta.port, Some(8080), "{}", known.file);
-        }
     }
 
     #[test]

@@ -22,15 +22,26 @@ const TIMEOUT: Duration = Duration::from_secs(30 * 60);
 const DEADLINE: Duration = Duration::from_secs(60);
 
 /// Names people use for suites, and ours.
-const SUITE_ALIASES: [(&str, Suite); 5] =
-    [("12", Suite::Bookworm), ("13", Suite::Trixie), ("oldstable", Suite::Bookworm), ("stable", Suite::Trixie), ("unstable", Suite::Sid)];
+const SUITE_ALIASES: [(&str, Suite); 5] = [
+    ("12", Suite::Bookworm),
+    ("13", Suite::Trixie),
+    ("oldstable", Suite::Bookworm),
+    ("stable", Suite::Trixie),
+    ("unstable", Suite::Sid),
+];
 
 /// Folders of the image that are not the application's.
 const SYSTEM_FOLDERS: [&str; 5] = ["/", "/proc", "/sys", "/dev", "/run/secrets"];
 
 /// Checks `written`, read from `file` (absolute); `root` is the place of its document, `builders` the embedded ones.
 /// The result means something only when `findings` is empty afterwards.
-pub fn check(written: PipelineFile, root: &Place<'_>, file: &Path, builders: &[&str], findings: &mut Findings) -> Option<Pipeline> {
+pub fn check(
+    written: PipelineFile,
+    root: &Place<'_>,
+    file: &Path,
+    builders: &[&str],
+    findings: &mut Findings,
+) -> Option<Pipeline> {
     let dir = file.parent().unwrap_or(Path::new("/")).to_owned();
     let mut checker = Checker { dir: &dir, builders, findings };
     let name = checker.name(&written.name, &root.key("name"));
@@ -349,7 +360,7 @@ impl Checker<'_> {
             self.exactly_one(&place, "a secret", &["env", "file"]);
             let from = match (secret.env, secret.file) {
                 (Some(name), _) => SecretSource::Env(name),
-                (None, file) => SecretSource::File(join(self.dir, &file.unwrap_or_default())),
+                (None, file) => SecretSource::File(join(self.dir, file.unwrap_or_default())),
             };
             checked.push(Secret { id: secret.id, from });
         }
@@ -474,3 +485,6 @@ pub(crate) fn join(dir: &Path, path: impl AsRef<Path>) -> PathBuf {
     }
     fs_err::canonicalize(&path).unwrap_or(path)
 }
+
+#[cfg(test)]
+mod tests;

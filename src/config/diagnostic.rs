@@ -100,7 +100,7 @@ pub fn quoted<S: AsRef<str>>(names: impl IntoIterator<Item = S>) -> String {
 }
 
 /// `did you mean …?` where one of `names` is near, else all of them after `others`.
-pub fn suggestion<'a>(wanted: &str, names: &[&'a str], others: &str) -> Option<String> {
+pub fn suggestion(wanted: &str, names: &[&str], others: &str) -> Option<String> {
     match crate::error::nearest(wanted, names.iter().copied()) {
         Some(name) => Some(format!("did you mean `{name}`?")),
         None if names.is_empty() => None,
@@ -168,7 +168,15 @@ mod tests {
 
     fn diagnostic(line: usize, column: usize, source: &str, length: usize, hint: Option<&str>) -> Diagnostic {
         let hint = hint.map(Into::into);
-        Diagnostic { file: "/w/pipelines/shop.yaml".into(), line, column, message: "wrong".into(), source: source.into(), length, hint }
+        Diagnostic {
+            file: "/w/pipelines/shop.yaml".into(),
+            line,
+            column,
+            message: "wrong".into(),
+            source: source.into(),
+            length,
+            hint,
+        }
     }
 
     #[test]

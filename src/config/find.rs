@@ -34,7 +34,7 @@ pub fn find(name: Option<&str>, from: &Path) -> Result<PathBuf> {
 
 /// The names [`find`] knows, sorted.
 pub fn names(from: &Path) -> Vec<String> {
-    let mut names: Vec<String> = from.ancestors().flat_map(|dir| candidates(dir)).map(|(name, _)| name).collect();
+    let mut names: Vec<String> = from.ancestors().flat_map(candidates).map(|(name, _)| name).collect();
     names.sort_unstable();
     names.dedup();
     names
@@ -119,4 +119,109 @@ fn hint_nearest(problem: Problem, name: &str, from: &Path) -> Problem {
 
 fn hint_where(problem: Problem, from: &Path, other: &str) -> Problem {
     problem.hint(format!("looked for {FILE} and {other} in {} and the folders above it", from.display()))
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use crate::error::{exit_code, hints};
+
+    /// `shop/` with one pipeline, `many/` with two, `one/` with one in its folder; returns the root.
+    fn folders() -> (tempfile::TempDir, PathBuf) {
+        let folder = tempfile::tempdir().unwrap();
+        let root = fs_err::canonicalize(folder.path()).unwrap();
+        let files = [
+            ("shop/pipeline.yaml", "# shop\nname: \"shop\" # the shop\n"),
+            ("shop/deep/er/a.txt", ""),
+            ("many/pipelines/notes.yaml", "name: notes"),
+            ("many/pipelines/site.yaml", "name: site"),
+            ("many/pipelines/README.md", ""),
+            ("many/apps/x", ""),
+            ("one/pipelines/only.yaml", "name: only"),
+            ("broken/pipeline.yaml", "name: broken # it is\nbase: [\n"),
+            ("yml/pipeline.yml", "name: a"),
+            ("none/x", ""),
+        ];
+        for (path, text) in files {
+            fs_err::create_dir_all(root.join(path).parent().unwrap()).unwrap();
+            fs_err::write(root.join(path), text).unwrap();
+        }
+        (folder, root)
+    }
+
+    #[test]
+    fn found() {
+        let (_keep, root) = folders();
+        let cases = [
+            (Some("shop"), "shop", "shop/pipeline.yaml"),
+            (Some("shop"), "shop/deep/er", "shop/pipeline.yaml"),
+            (None, "shop/deep/er", "shop/pipeline.yaml"),
+            (Some("site"), "many", "many/pipelines/site.yaml"),
+            (Some("site"), "many/apps", "many/pipelines/site.yaml"),
+            (Some("notes"), "many/pipelines", "many/pipelines/notes.yaml"),
+            (None, "one", "one/pipelines/only.yaml"),
+            (Some("pipelines/site.yaml"), "many", "many/pipelines/site.yaml"),
+            (Some("../many/pipelines/site.yaml"), "one", "one/../many/pipelines/site.yaml"),
+            (Some("pipeline.yml"), "yml", "yml/pipeline.yml"),
+            (Some("broken"), "broken", "broken/pipeline.yaml"),
+        ];
+        for (name, from, expected) in cases {
+            assert_eq!(find(name, &root.join(from)).unwrap(), root.join(expected), "{name:?} from {from}");
+        }
+        assert_eq!(names(&root.join("many/apps"))[..2], ["notes".to_owned(), "site".to_owned()]);
+    }
+
+    #[test]
+    fn not_found() {
+        let (_keep, root) = folders();
+        let several = format!("{} has several pipelines: `notes` and `site`", root.join("many/pipelines").display());
+        let here = |from: &str, file: &str| {
+            format!("looked for pipeline.yaml and {file} in {} and the folders above it", root.join(from).display())
+        };
+        let cases = [
+            (
+                Some("siet"),
+                "many",
+                "there is no pipeline `siet`",
+                vec!["did you mean `site`?".into(), here("many", "pipelines/siet.yaml")],
+            ),
+            (
+                Some("elephant"),
+                "many",
+                "there is no pipeline `elephant`",
+                vec!["there are `notes` and `site`".into(), here("many", "pipelines/elephant.yaml")],
+            ),
+            (Some("x"), "none", "there is no pipeline `x`", vec![here("none", "pipelines/x.yaml")]),
+            (
+                Some("pipelines/siet.yaml"),
+                "many",
+                "the pipeline file `pipelines/siet.yaml` does not exist",
+                vec!["did you mean `site`?".into()],
+            ),
+            (None, "many", several.as_str(), vec!["add the name of one to the command".into()]),
+            (
+                None,
+                "none",
+                "there is no pipeline here",
+                vec![
+                    "`pipeline init` writes one from what it finds in this folder".into(),
+                    here("none", "one file in pipelines/"),
+                ],
+            ),
+            (
+                None,
+                "yml",
+                "there is no pipeline here",
+                vec!["rename `pipeline.yml` to `pipeline.yaml`".into(), here("yml", "one file in pipelines/")],
+            ),
+        ];
+        for (name, from, message, expected) in cases {
+            let error = find(name, &root.join(from)).unwrap_err();
+            assert_eq!(
+                (error.to_string().as_str(), hints(&error), exit_code(&error)),
+                (message, expected, 2),
+                "{name:?} from {from}"
+            );
+        }
+    }
 }

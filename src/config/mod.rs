@@ -314,11 +314,20 @@ hint: did you mean `health`?";
             ("apps", "apps is a folder, not a file"),
             ("/dev/zero", "/dev/zero is not a regular file"),
             ("huge.yaml", "huge.yaml is larger than 1024 KiB"),
-            ("empty.yaml", "empty.yaml:1:1: the file is empty\n    1 | # nothing\n      | ^\nhint: it needs at least `name` and `base`"),
-            ("latin.yaml", "latin.yaml:2:20: the file is not UTF-8\n    2 | base: { debian: caf\u{fffd} }\n      |                    ^\nhint: save the file as UTF-8"),
+            (
+                "empty.yaml",
+                "empty.yaml:1:1: the file is empty\n    1 | # nothing\n      | ^\nhint: it needs at least `name` and `base`",
+            ),
+            (
+                "latin.yaml",
+                "latin.yaml:2:20: the file is not UTF-8\n    2 | base: { debian: caf\u{fffd} }\n      |                    ^\nhint: save the file as UTF-8",
+            ),
             ("broken.yaml", "broken.yaml:4:2: not valid YAML: "),
             ("tab.yaml", "tab.yaml:3:"),
-            ("text.yaml", "text.yaml:1:1: the file must be a mapping, found `just words`\n    1 | just words\n      | ^^^^^^^^^^"),
+            (
+                "text.yaml",
+                "text.yaml:1:1: the file must be a mapping, found `just words`\n    1 | just words\n      | ^^^^^^^^^^",
+            ),
         ];
         for (file, expected) in cases {
             let error = load(Path::new(file), &root).unwrap_err();
@@ -349,7 +358,6 @@ hint: did you mean `health`?";
             start.elapsed()
         });
         let fastest = fastest.min().unwrap();
-        println!("load: {fastest:?}");
         assert!(fastest < Duration::from_millis(5), "{fastest:?}");
     }
 }

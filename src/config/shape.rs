@@ -246,7 +246,9 @@ impl<'s> Walk<'s, '_> {
     }
 
     fn resolve(&self, mut schema: &'s Value) -> &'s Value {
-        while let Some(target) = schema.get("$ref").and_then(Value::as_str).and_then(|path| self.root.pointer(path.strip_prefix('#')?)) {
+        while let Some(target) =
+            schema.get("$ref").and_then(Value::as_str).and_then(|path| self.root.pointer(path.strip_prefix('#')?))
+        {
             schema = target;
         }
         schema
@@ -381,4 +383,178 @@ fn description(schema: &Value) -> Option<String> {
 
 fn integer(value: &Value) -> Option<i128> {
     value.as_u64().map(i128::from).or_else(|| value.as_i64().map(i128::from))
+}
+
+#[cfg(test)]
+mod tests {
+    use std::collections::BTreeMap;
+    use std::path::Path;
+
+    use serde::Deserialize;
+
+    use super::*;
+    use crate::config::yaml::{load, parse};
+
+    #[derive(Debug, PartialEq, Deserialize, JsonSchema)]
+    #[serde(deny_unknown_fields)]
+    struct Sample {
+        name: String,
+        #[serde(default)]
+        text: Option<String>,
+        #[serde(default)]
+        flag: Option<bool>,
+        #[serde(default)]
+        share: Option<f64>,
+        #[serde(default)]
+        small: u8,
+        #[serde(default)]
+        offset: i32,
+        #[serde(default)]
+        list: Vec<String>,
+        #[serde(default)]
+        map: BTreeMap<String, String>,
+        #[serde(default)]
+        inner: Option<Inner>,
+        #[serde(default)]
+        kind: Option<Kind>,
+        #[serde(default)]
+        target: Option<Target>,
+        #[serde(default)]
+        any: Option<Value>,
+        #[serde(default)]
+        either: Option<Either>,
+    }
+
+    #[derive(Debug, PartialEq, Deserialize, JsonSchema)]
+    #[serde(deny_unknown_fields)]
+    struct Inner {
+        /// The depth.
+        depth: u64,
+        #[serde(default)]
+        only_inner: Option<String>,
+    }
+
+    #[derive(Debug, PartialEq, Deserialize, JsonSchema)]
+    #[serde(rename_all = "lowercase")]
+    enum Kind {
+        None,
+        /// With words, which gives another schema.
+        Host,
+    }
+
+    #[derive(Debug, PartialEq, Deserialize, JsonSchema)]
+    #[serde(rename_all = "lowercase", deny_unknown_fields)]
+    enum Target {
+        Local(Inner),
+        Docker { host: String },
+    }
+
+    #[derive(Debug, PartialEq, Deserialize, JsonSchema)]
+    #[serde(untagged)]
+    enum Either {
+        One(String),
+        Many(Vec<String>),
+    }
+
+    #[test]
+    fn everything_that_fits() {
+        let text = "name: 1.10\ntext: on\nflag: true\nshare: 0.5\nsmall: 0xff\noffset: -3\nlist: [0o17, ~x, 'null']\n\
+                    map: {a: 010, b: \"\"}\ninner: {depth: 7}\nkind: none\ntarget: {docker: {host: h}}\n\
+                    any: [1, 1.5, true, ~, 'true', {a: b}]\neither: [a]\n";
+        let (sample, tree) = load::<Sample>(Path::new("x"), text).unwrap();
+        let strings = |texts: &[&str]| texts.iter().map(ToString::to_string).collect::<Vec<_>>();
+        let expected = Sample {
+            name: "1.10".into(),
+            text: Some("on".into()),
+            flag: Some(true),
+            share: Some(0.5),
+            small: 255,
+            offset: -3,
+            list: strings(&["0o17", "~x", "null"]),
+            map: [("a".into(), "010".into()), ("b".into(), String::new())].into(),
+            inner: Some(Inner { depth: 7, only_inner: None }),
+            kind: Some(Kind::None),
+            target: Some(Target::Docker { host: "h".into() }),
+            any: Some(serde_json::json!([1, 1.5, true, null, "true", {"a": "b"}])),
+            either: Some(Either::Many(strings(&["a"]))),
+        };
+        assert_eq!(sample, expected);
+        assert_eq!(tree.place().key("inner").key("depth").span().column, 16);
+        let (sample, _) = load::<Sample>(Path::new("x"), "name: n\ntext: ~\nlist:\nmap:\ninner:\neither: a\nsmall: 1").unwrap();
+        assert_eq!((sample.text, sample.list, sample.either), (None, Vec::new(), Some(Either::One("a".into()))));
+    }
+
+    #[test]
+    fn everything_that_does_not() {
+        let cases = [
+            ("nme: a\nname: b", "1:1+3 unknown key `nme`", "did you mean `name`?"),
+            (
+                "name: a\nxxxxxxxxx: b",
+                "2:1+9 unknown key `xxxxxxxxx`",
+                "known keys are `name`, `text`, `flag`, `share`, `small`, `offset`, `list`, `map`, `inner`, `kind`, `target`, `any` and `either`",
+            ),
+            ("name: a\nonly_inner: b", "2:1+10 unknown key `only_inner`", "`only_inner` belongs below `inner`"),
+            (
+                "name: a\n<<: {}",
+                "2:1+2 unknown key `<<`",
+                "merge keys are not supported; an alias can stand for a whole value only",
+            ),
+            ("name: a\nname: b", "2:1+4 the key `name` is here twice", "the first one is on line 1"),
+            ("name: a\nmap: {x: 1, x: 2}", "2:13+1 the key `x` is here twice", "the first one is on line 2"),
+            ("name: a\nany: {x: 1, x: 2}", "2:13+1 the key `x` is here twice", "the first one is on line 2"),
+            ("name: a\n[b]: c", "2:1+3 a key must be text", ""),
+            ("name: a\n? {b: c}\n: d", "2:3+6 a key must be text", ""),
+            ("text: a", "1:1+7 the key `name` is missing", ""),
+            ("name: a\ninner: {}", "2:1+5 `inner` has no `depth`", "the depth"),
+            ("name:\n", "1:1+4 `name` must be text, found nothing", "write `\"\"` for an empty text"),
+            ("name: [a]", "1:1+4 `name` must be text, found a list", ""),
+            ("name: {a: b}", "1:1+4 `name` must be text, found a mapping", ""),
+            ("name: a\nmap: {b: }", "2:7+1 `b` must be text, found nothing", "write `\"\"` for an empty text"),
+            ("name: a\nlist: b", "2:7+1 `list` must be a list, found `b`", "a list of one is written `[b]`"),
+            ("name: a\nlist: [b, [c]]", "2:11+3 item 2 of `list` must be text, found a list", ""),
+            ("name: a\nlist: {b: c}", "2:1+4 `list` must be a list, found a mapping", ""),
+            ("name: a\nmap: [b]", "2:1+3 `map` must be a mapping, found a list", ""),
+            ("name: a\nflag: yes", "2:7+3 `flag` must be `true` or `false`, found `yes`", "write `true`, without quotes"),
+            (
+                "name: a\nflag: 'false'",
+                "2:7+7 `flag` must be `true` or `false`, found the text `false`",
+                "write `false`, without quotes",
+            ),
+            ("name: a\nsmall: '8'", "2:8+3 `small` must be a whole number, found the text `8`", "write `8` without quotes"),
+            ("name: a\nsmall: 1.5", "2:8+3 `small` must be a whole number, found `1.5`", ""),
+            ("name: a\nsmall: ~", "2:1+5 `small` must be a whole number, found nothing", ""),
+            ("name: a\nsmall: 256", "2:8+3 `small` must be from 0 to 255, found 256", ""),
+            ("name: a\nsmall: -1", "2:8+2 `small` must be from 0 to 255, found -1", ""),
+            ("name: a\nshare: x", "2:8+1 `share` must be a number, found `x`", ""),
+            ("name: a\nshare: nan", "2:8+3 `share` must be a number, found `nan`", ""),
+            ("name: a\nkind: hots", "2:7+4 `kind` cannot be `hots`", "did you mean `host`?"),
+            ("name: a\nkind: somewhere", "2:7+9 `kind` cannot be `somewhere`", "possible are `none` and `host`"),
+            (
+                "name: a\ntarget: {dokcer: {}}",
+                "2:1+6 `target` needs exactly one of `local` and `docker`",
+                "did you mean `docker`?",
+            ),
+            ("name: a\ntarget: {docker: {hots: x, host: y}}", "2:19+4 unknown key `hots`", "did you mean `host`?"),
+            ("name: a\ntarget: {local: {depth: x}}", "2:25+1 `depth` must be a whole number, found `x`", ""),
+            ("", "1:1+1 the file is empty", "it needs at least `name`"),
+            ("- a", "1:1+3 the file must be a mapping, found a list", ""),
+        ];
+        for (text, expected, hint) in cases {
+            let found = load::<Sample>(Path::new("x"), text).unwrap_err();
+            let shown: Vec<String> =
+                found.iter().map(|found| format!("{}:{}+{} {}", found.line, found.column, found.length, found.message)).collect();
+            assert_eq!(shown, [expected], "{text:?}");
+            assert_eq!(found[0].hint.as_deref().unwrap_or_default(), hint, "{text:?}");
+        }
+    }
+
+    #[test]
+    fn stand_ins_let_the_checks_go_on() {
+        let text = "small: 300\nkind: x\ninner: {}\ntarget: {}\nlist: {}\nflag: maybe\nmap: 3\neither: {}\n";
+        let tree = parse(Path::new("x"), text).unwrap();
+        let mut findings = Findings::new(tree.source.clone());
+        let sample = read::<Sample>(&tree, &mut findings).unwrap();
+        assert_eq!((sample.name.as_str(), sample.inner), ("", Some(Inner { depth: 0, only_inner: None })));
+        assert_eq!(findings.len(), 9);
+    }
 }

@@ -74,14 +74,17 @@ pub fn image_path(text: &str) -> Result<(), Wrong> {
 
 /// A path that stays below the folder it starts in.
 pub fn inner_path(text: &str) -> Result<(), Wrong> {
-    let inside = !text.is_empty() && Path::new(text).components().all(|part| matches!(part, Component::Normal(_) | Component::CurDir));
+    let inside =
+        !text.is_empty() && Path::new(text).components().all(|part| matches!(part, Component::Normal(_) | Component::CurDir));
     let wrong = || Wrong::new(format!("`{text}` is not a path below the source"), "relative, without `..`");
     (inside && !text.contains('\0')).then_some(()).ok_or_else(wrong)
 }
 
 /// `USER`, `UID` or `UID:GID`.
 pub fn user(text: &str) -> Result<(), Wrong> {
-    let id = |text: &str| !text.is_empty() && text.bytes().all(|b| b.is_ascii_digit()) && text.parse().is_ok_and(|id: u32| id <= ID_MAX);
+    let id = |text: &str| {
+        !text.is_empty() && text.bytes().all(|b| b.is_ascii_digit()) && text.parse().is_ok_and(|id: u32| id <= ID_MAX)
+    };
     let name = text.len() <= 32
         && text.starts_with(|c: char| c.is_ascii_lowercase() || c == '_')
         && text.chars().all(|c| c.is_ascii_lowercase() || c.is_ascii_digit() || "_-".contains(c));
@@ -208,13 +211,23 @@ mod tests {
     fn what_is_and_what_is_not() {
         type Check = fn(&str) -> Result<(), Wrong>;
         let cases: [(&str, Check, &[&str], &[&str]); 8] = [
-            ("package", package, &["g++", "libc6", "python3.13", "7z"], &["", "a", "Curl", "curl=8", "curl:amd64", "-x", "a b", "é2"]),
+            (
+                "package",
+                package,
+                &["g++", "libc6", "python3.13", "7z"],
+                &["", "a", "Curl", "curl=8", "curl:amd64", "-x", "a b", "é2"],
+            ),
             ("variable", variable, &["A", "_x9", "PIP_TOKEN"], &["", "9A", "A-B", "A B", "Ä"]),
             ("file name", file_name, &["a", "pip-token", ".netrc"], &["", ".", "..", "a/b", "a b", "ü"]),
             ("image path", image_path, &["/", "/opt/app"], &["", "opt", "/a/../b", "/a\0"]),
             ("inner path", inner_path, &["a", "a/b", "./a"], &["", "/a", "../a", "a/../../b"]),
             ("user", user, &["app", "1001", "1001:0", "_apt"], &["", "70000", "1:x", "a:b", "A", "1:", ":1", "+1"]),
-            ("image", image_reference, &["debian:13", "quay.io/a/b@sha256:0123456789012345678901234567890123456789012345678901234567890123"], &["", "A b", "x:y:z/"]),
+            (
+                "image",
+                image_reference,
+                &["debian:13", "quay.io/a/b@sha256:0123456789012345678901234567890123456789012345678901234567890123"],
+                &["", "A b", "x:y:z/"],
+            ),
             ("ref", git_reference, &["main", "feature/x", "v1.0", "0123abc"], &["", "-x", "a b", "a..b", "x~1"]),
         ];
         for (what, check, good, bad) in cases {
@@ -226,7 +239,15 @@ mod tests {
     #[test]
     fn durations() {
         let cases = [("90s", Some(90)), ("30m", Some(1800)), ("2h", Some(7200)), ("1h30m", Some(5400)), ("0s", None), ("", None)];
-        let more = [("90", None), ("s", None), ("1d", None), ("-1s", None), ("99999999999999999999s", None), ("9999999999999999h", None), ("1 s", None)];
+        let more = [
+            ("90", None),
+            ("s", None),
+            ("1d", None),
+            ("-1s", None),
+            ("99999999999999999999s", None),
+            ("9999999999999999h", None),
+            ("1 s", None),
+        ];
         for (text, seconds) in cases.into_iter().chain(more) {
             assert_eq!(duration(text).ok(), seconds.map(Duration::from_secs), "{text}");
         }
@@ -235,7 +256,8 @@ mod tests {
 
     #[test]
     fn sizes() {
-        let cases = [("1", Some(1)), ("512M", Some(512 << 20)), ("2G", Some(2 << 30)), ("1KiB", Some(1024)), ("1T", Some(1 << 40))];
+        let cases =
+            [("1", Some(1)), ("512M", Some(512 << 20)), ("2G", Some(2 << 30)), ("1KiB", Some(1024)), ("1T", Some(1 << 40))];
         let wrong = ["", "0", "M", "2g", "1.5G", "-1", "99999999999T", "ü"];
         for (text, bytes) in cases.into_iter().chain(wrong.map(|text| (text, None))) {
             assert_eq!(size(text).ok(), bytes, "{text}");
@@ -263,7 +285,14 @@ mod tests {
 
     #[test]
     fn names_from_anything() {
-        let cases = [("Notes App", "notes-app"), ("my_app.v2", "my_app.v2"), ("..x--y..", "x-y"), ("Ünï", "n"), ("日本", "app"), ("a..b", "a.b")];
+        let cases = [
+            ("Notes App", "notes-app"),
+            ("my_app.v2", "my_app.v2"),
+            ("..x--y..", "x-y"),
+            ("Ünï", "n"),
+            ("日本", "app"),
+            ("a..b", "a.b"),
+        ];
         for (text, name) in cases {
             assert_eq!((to_name(text).as_str(), to_name(text).parse::<Name>().is_ok()), (name, true), "{text}");
         }

@@ -56,7 +56,10 @@ pub struct Node {
 #[derive(Debug, Clone, PartialEq)]
 pub enum Content {
     /// Text as written; `plain` when neither quoted, nor a block, nor tagged `!!str`.
-    Scalar { text: String, plain: bool },
+    Scalar {
+        text: String,
+        plain: bool,
+    },
     Sequence(Vec<Node>),
     /// Keys and values in the order of the file; a key may be there twice.
     Mapping(Vec<(Node, Node)>),
@@ -204,8 +207,7 @@ pub fn parse(path: &Path, text: &str) -> Result<Tree, Vec<Diagnostic>> {
     let mut composer = Composer::default();
     let mut parser = Parser::new_from_str(text);
     while let Some(event) = parser.next_event() {
-        let (event, at) =
-            event.map_err(|error| fail(span(*error.marker(), *error.marker()), Fault::syntax(error.info())))?;
+        let (event, at) = event.map_err(|error| fail(span(*error.marker(), *error.marker()), Fault::syntax(error.info())))?;
         let span = span(at.start, at.end);
         composer.take(event, span).map_err(|fault| fail(span, fault))?;
     }
@@ -277,7 +279,13 @@ impl Composer {
             Event::SequenceStart(anchor, tag) => self.open(Content::Sequence(Vec::new()), span, anchor, tag.as_deref()),
             Event::MappingStart(anchor, tag) => self.open(Content::Mapping(Vec::new()), span, anchor, tag.as_deref()),
             Event::SequenceEnd | Event::MappingEnd => match self.stack.pop() {
-                Some(open) => self.close(open.node, open.anchor),
+                Some(mut open) => {
+                    // In brackets and on one line: all of it, the end's own span being that of its bracket.
+                    if open.node.span.length > 0 && span.line == open.node.span.line {
+                        open.node.span.length = span.column + span.length - open.node.span.column;
+                    }
+                    self.close(open.node, open.anchor)
+                }
                 None => Err(Fault::new("not valid YAML: an end without a start")),
             },
             Event::Alias(anchor) => {
@@ -348,5 +356,154 @@ fn known_tag(tag: Option<&Tag>) -> Result<bool, Fault> {
         Some(tag) if tag.is_yaml_core_schema() => Ok(tag.suffix == "str"),
         Some(tag) if tag.handle.is_empty() && tag.suffix == "!" => Ok(true),
         Some(_) => Err(Fault::new("tags have no meaning here").hint("remove the word that begins with `!`, or quote the text")),
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use std::time::{Duration, Instant};
+
+    use super::*;
+
+    /// The tree as text: `"quoted"`, plain, `[…]`, `{k: v}`, each with `@line:column+length`.
+    fn shown(node: &Node) -> String {
+        let Span { line, column, length } = node.span;
+        let text = match &node.content {
+            Content::Scalar { text, plain: true } => text.clone(),
+            Content::Scalar { text, plain: false } => format!("{text:?}"),
+            Content::Sequence(items) => return format!("[{}]", items.iter().map(shown).collect::<Vec<_>>().join(" ")),
+            Content::Mapping(entries) => {
+                let entries: Vec<String> =
+                    entries.iter().map(|(key, value)| format!("{}: {}", shown(key), shown(value))).collect();
+                return format!("{{{}}}", entries.join(" "));
+            }
+        };
+        format!("{text}@{line}:{column}+{length}")
+    }
+
+    #[test]
+    fn trees_with_places() {
+        let cases = [
+            ("", "@1:1+1"),
+            ("\u{feff}a: 1.10 # c\r\nb: 'on'\r\n", "{a@1:1+1: 1.10@1:4+4 b@2:1+1: \"on\"@2:4+4}"),
+            ("ö: [x, \"ü y\"]", "{ö@1:1+1: [x@1:5+1 \"ü y\"@1:8+5]}"),
+            ("a:\n  - b: c\n  - d\n", "{a@1:1+1: [{b@2:5+1: c@2:8+1} d@3:5+1]}"),
+            ("a: &x {b: 1}\nc: *x\n", "{a@1:1+1: {b@1:8+1: 1@1:11+1} c@2:1+1: {b@1:8+1: 1@1:11+1}}"),
+            ("a: 1\na: 2\n", "{a@1:1+1: 1@1:4+1 a@2:1+1: 2@2:4+1}"),
+            ("!!str 8080", "\"8080\"@1:1+10"),
+            ("a: |\n  x\n  y\n", "{a@1:1+1: \"x\\ny\\n\"@2:3+0}"),
+            ("a: one\n  two\nb: 1", "{a@1:1+1: one two@1:4+0 b@3:1+1: 1@3:4+1}"),
+            ("---\na: 1\n", "{a@2:1+1: 1@2:4+1}"),
+        ];
+        for (text, expected) in cases {
+            assert_eq!(shown(&parse(Path::new("x"), text).unwrap().root), expected, "{text:?}");
+        }
+    }
+
+    #[test]
+    fn an_empty_value_is_shown_at_its_key() {
+        let tree = parse(Path::new("x"), "a:\nb: ~\nc: {d: 1}\n").unwrap();
+        let spans = ["a", "b", "c", "none"].map(|key| tree.place().key(key).span());
+        let at = |line| Span { line, column: 1, length: 1 };
+        assert_eq!(spans[..3], [at(1), at(2), at(3)]);
+        assert_eq!(spans[3], tree.root.span);
+        assert_eq!(["a", "b", "c", "none"].map(|key| tree.place().key(key).is_there()), [false, false, true, false]);
+        assert_eq!(tree.place().key("c").key("d").path(), ["c", "d"]);
+    }
+
+    #[test]
+    fn what_is_refused() {
+        let deep = "[".repeat(DEPTH_MAX + 1);
+        let deep_block = "- ".repeat(100_000);
+        let laughs: String = (1..9).map(|n| format!("a{n}: &a{n} [{}]\n", vec![format!("*a{}", n - 1); 10].join(","))).collect();
+        let laughs = format!("a0: &a0 x\n{laughs}");
+        let chain: String = (1..80).map(|n| format!("a{n}: &a{n} [*a{}]\n", n - 1)).collect();
+        let chain = format!("a0: &a0 x\n{chain}");
+        let large = "#".repeat(TEXT_MAX + 1);
+        let many = format!("[{}]", "1,".repeat(NODES_MAX));
+        let cases = [
+            ("a: [1\nb: 2\n", "not valid YAML: "),
+            ("a: b: c\n", "not valid YAML: mapping values are not allowed in this context"),
+            ("a:\n\t- b\n", "not valid YAML: "),
+            ("a: *nope\n", "not valid YAML: while parsing node, found unknown anchor"),
+            ("a: &x [*x]\n", "this alias stands inside what it repeats"),
+            ("a: 1\n---\nb: 2\n", "a second document starts here"),
+            ("a: !secret x\n", "tags have no meaning here"),
+            ("a: !x {}\n", "tags have no meaning here"),
+            (deep.as_str(), "nested deeper than 64 levels"),
+            (deep_block.as_str(), "nested deeper than 64 levels"),
+            (laughs.as_str(), "more than 100000 values, aliases counted"),
+            (chain.as_str(), "nested deeper than 64 levels"),
+            (large.as_str(), "the file is larger than 1024 KiB"),
+            (many.as_str(), "more than 100000 values, aliases counted"),
+        ];
+        for (text, expected) in cases {
+            let found = parse(Path::new("x"), text).unwrap_err();
+            assert!(found.len() == 1 && found[0].message.starts_with(expected), "{:?}: {:?}", text.get(..20), found[0].message);
+        }
+    }
+
+    #[test]
+    fn an_error_says_where() {
+        let found = parse(Path::new("x"), "a: 1\nb: c: d\n").unwrap_err();
+        assert_eq!((found[0].line, found[0].column, found[0].source.as_str()), (2, 5, "b: c: d"));
+    }
+
+    /// A small generator, so that a failure can be repeated (xorshift, Marsaglia 2003).
+    fn random(state: &mut u64) -> usize {
+        *state ^= *state << 13;
+        *state ^= *state >> 7;
+        *state ^= *state << 17;
+        usize::try_from(*state >> 33).unwrap()
+    }
+
+    #[test]
+    fn hostile_text_is_an_error_and_nothing_worse() {
+        let seed =
+            "name: notes\nbase: {debian: trixie, packages: [a, \"b\"]}\nx: &a |-\n  t\ny: *a\nz: !!str >+\n 1\n? k\n: v\n- 'q'\n";
+        let pieces = [
+            "", "\t", "\n", " ", "- ", "? ", ": ", "&a ", "*a", "!!x ", "!<", "%", "|2", ">", "'", "\"", "{", "}", "[", "]", ",",
+            "#", "\u{85}", "\0", "ö", "---\n", "...", "\\x", "<<: ",
+        ];
+        let mut state = 88_172_645_463_325_252;
+        for _ in 0..20_000 {
+            let mut text: Vec<char> = seed.chars().collect();
+            for _ in 0..=random(&mut state) % 6 {
+                let at = random(&mut state) % text.len();
+                let end = (at + random(&mut state) % 4).min(text.len());
+                text.splice(at..end, pieces[random(&mut state) % pieces.len()].chars());
+                if text.is_empty() {
+                    text.push('a');
+                }
+            }
+            let text: String = text.into_iter().collect();
+            match parse(Path::new("x"), &text) {
+                Ok(tree) => drop(shown(&tree.root)),
+                Err(found) => found.iter().for_each(|found| drop(found.render(Path::new("")))),
+            }
+        }
+    }
+
+    #[test]
+    fn large_text_takes_no_more_than_its_share_of_time() {
+        let cases = [
+            "a".repeat(TEXT_MAX),
+            format!("[{}]", "a, ".repeat(40_000)),
+            "- a\n".repeat(40_000),
+            (0..40_000).map(|n| format!("k{n}: v\n")).collect(),
+            format!("\"{}\"", "\\n".repeat(TEXT_MAX / 3)),
+            "#\n".repeat(TEXT_MAX / 2),
+            " ".repeat(TEXT_MAX),
+            "{".repeat(TEXT_MAX),
+            "? ".repeat(TEXT_MAX / 2),
+            "&a ".repeat(TEXT_MAX / 3),
+            "a: ".repeat(TEXT_MAX / 3),
+        ];
+        for text in cases {
+            let start = Instant::now();
+            let result = parse(Path::new("x"), &text);
+            let (took, what) = (start.elapsed(), if result.is_ok() { "parsed" } else { "refused" });
+            assert!(took < Duration::from_secs(5), "{:?} {what} after {took:?}", text.get(..20));
+        }
     }
 }
