@@ -63,22 +63,37 @@ impl fmt::Display for Problem {
 
 impl std::error::Error for Problem {}
 
-/// The exit code of an error chain: the first [`Problem`]'s kind, 75 for a full disk, else 1.
-pub fn exit_code(error: &anyhow::Error) -> u8 {
-    for cause in error.chain() {
-        if let Some(problem) = cause.downcast_ref::<Problem>() {
-            return problem.kind as u8;
+/// Every [`Problem`] of a chain, outermost first. One attached as context is found through
+/// `anyhow`'s own downcast only, one at the root through the chain.
+fn problems(error: &anyhow::Error) -> Vec<&Problem> {
+    let mut found: Vec<&Problem> = error.downcast_ref::<Problem>().into_iter().collect();
+    for problem in error.chain().filter_map(|cause| cause.downcast_ref::<Problem>()) {
+        if !found.iter().any(|known| std::ptr::eq(*known, problem)) {
+            found.push(problem);
         }
     }
-    if is_disk_full(error) { Kind::Transient as u8 } else { Kind::Failed as u8 }
+    found
+}
+
+/// The problem that decides what the error is.
+pub fn problem(error: &anyhow::Error) -> Option<&Problem> {
+    problems(error).into_iter().next()
+}
+
+/// The exit code of an error chain: the first [`Problem`]'s kind, 75 for a full disk, else 1.
+pub fn exit_code(error: &anyhow::Error) -> u8 {
+    match problem(error) {
+        _ if is_disk_full(error) => Kind::Transient as u8,
+        Some(problem) => problem.kind as u8,
+        None => Kind::Failed as u8,
+    }
 }
 
 /// All hints of the chain, outermost first.
 pub fn hints(error: &anyhow::Error) -> Vec<String> {
-    let mut hints: Vec<String> =
-        error.chain().filter_map(|cause| cause.downcast_ref::<Problem>()).flat_map(|problem| problem.hints.clone()).collect();
-    if is_disk_full(error) && hints.is_empty() {
-        hints.push("free some space, or put the store and the work folder on a larger disk with `--root DIR`; `pipeline artifact prune` lists what can go".into());
+    let mut hints: Vec<String> = problems(error).into_iter().flat_map(|problem| problem.hints.clone()).collect();
+    if is_disk_full(error) {
+        hints.insert(0, "free some space, or put the store and the work folder on a larger disk with `--root DIR`; `pipeline artifact prune` lists what can go".into());
     }
     hints
 }
@@ -114,6 +129,8 @@ mod tests {
         let error = anyhow::Error::new(std::io::Error::from_raw_os_error(28)).context("cannot write blob");
         assert_eq!(exit_code(&error), 75);
         assert_eq!(exit_code(&anyhow::anyhow!("plain")), 1);
+        let error = anyhow::anyhow!("broken").context(Problem::usage("not a layout").hint("look")).context("outer");
+        assert_eq!((exit_code(&error), hints(&error)), (2, vec!["look".to_string()]));
     }
 
     #[test]

@@ -12,4 +12,5 @@ pub mod oci;
 pub mod cmd;
 pub mod error;
 pub mod fault;
+pub mod progress;
 pub mod sandbox;

@@ -12,6 +12,7 @@ use anyhow::{Context as _, Result};
 use serde::{Deserialize, Serialize};
 use serde_json::Value;
 
+use super::debian::normalise::Origin;
 use super::{debian, secret};
 use crate::cmd::{self, Cmd};
 use crate::error::Problem;
@@ -45,8 +46,8 @@ pub struct Pack {
     pub secrets: Vec<(String, Vec<u8>)>,
     /// Whether private keys, machine ids and seeds are refused.
     pub refuse_identities: bool,
-    /// Whether the written list of what moves in Debian trees is applied first.
-    pub normalise: bool,
+    /// The written list of what moves is applied first, as far as it is for this origin.
+    pub normalise: Option<Origin>,
 }
 
 /// What a pack gave.
@@ -165,7 +166,7 @@ impl Inspect for Checks<'_> {
         if !self.refuse_identities {
             return None;
         }
-        debian::normalise::forbidden(path, mode, bytes).map(|reason| {
+        debian::scan::forbidden(&path.to_string_lossy(), mode, bytes).map(|reason| {
             Problem::failed(format!("`/{}` must not be in a layer: {reason}", path.display()))
                 .hint("every machine made from the image would share it; remove it in the script that makes it")
         })
@@ -177,8 +178,8 @@ impl Inspect for Checks<'_> {
 }
 
 fn pack(args: &Pack) -> Result<PackedLayer> {
-    if args.normalise {
-        debian::normalise::apply(&args.options.dir)?;
+    if let Some(origin) = args.normalise {
+        debian::normalise::apply(&args.options.dir, origin)?;
     }
     fault::point("pack a layer");
     let out = fs_err::OpenOptions::new().write(true).truncate(true).open(&args.out)?;

@@ -16,6 +16,7 @@ use super::inside::{Copy, Exec, Pack, PackedLayer, Read, Seed, Unpack};
 use super::plan::{Action, Step};
 use super::record::StepRecord;
 use super::work::{self, Tree, Work};
+use super::debian::normalise::Origin;
 use super::{Prepared, debian, secret};
 use crate::artifact::image::{Layer, RunConfig};
 use crate::artifact::store::{Descriptor, Store};
@@ -35,6 +36,8 @@ const MOMENTARY: [&str; 5] = ["dev", "proc", "run", "sys", "tmp"];
 pub const PATH: &str = "/usr/local/sbin:/usr/local/bin:/usr/sbin:/usr/bin:/sbin:/bin";
 /// Where a configure step's folder is while it runs.
 const CONFIGURE: &str = "/run/pipeline/configure";
+/// Where the locked packages are while they are installed.
+const REPOSITORY: &str = "/run/pipeline/repository";
 /// Makes clients give up at once where there is no network, instead of after minutes.
 const NO_RETRIES: [(&str, &str); 3] = [("PIP_RETRIES", "0"), ("npm_config_fetch_retries", "0"), ("CARGO_NET_OFFLINE", "true")];
 
@@ -128,7 +131,12 @@ impl Runner<'_> {
             threads: self.host.threads,
             secrets: self.prepared.secrets.iter().map(|value| (value.id.clone(), value.bytes.clone())).collect(),
             refuse_identities: true,
-            normalise: step.action != Action::Tar,
+            normalise: match step.action {
+                Action::Debian => Some(Origin::Bootstrap),
+                Action::Packages => Some(Origin::Packages),
+                Action::Tar | Action::Image => None,
+                Action::Dependencies | Action::Assemble | Action::Configure(_) => Some(Origin::Step),
+            },
         };
         let packed: PackedLayer = self.session.call("pack", &args).with_context(|| format!("cannot pack the layer of step `{}`", step.name))?;
         let written = &packed.written;
@@ -139,17 +147,17 @@ impl Runner<'_> {
 
     /// Fetches the locked packages and makes the throw-away repository of them.
     fn repository(&self, set: &super::lock::Set, dir: &Path) -> Result<()> {
-        let debs = debian::fetch::fetch(set, &self.prepared.archives()?, &self.debs)?;
-        debian::repository::write(dir, set, &debs)
+        let archives = || super::base::archives(&self.prepared.pipeline, &set.request.suite);
+        debian::fetch::fetch(set, &self.debs, archives)?;
+        debian::repository::repository(dir, set, &self.debs)
     }
 
     fn debian(&self, step: &Step, place: &Place, log: &mut Log<'_>) -> Result<()> {
         let set = self.prepared.set(&step.name)?;
         let repository = place.dir.join("repository");
         self.repository(set, &repository)?;
-        let argv = debian::bootstrap::bootstrap(&repository, &place.upper, set, step.epoch);
-        let env = debian::bootstrap::environment(step.epoch, &place.scratch);
-        let env = env.into_iter().chain([("PATH".to_string(), PATH.to_string())]).collect();
+        let argv = debian::bootstrap::bootstrap(&repository, &place.upper, &place.scratch, set, step.epoch)?;
+        let env = vec![("PATH".to_string(), PATH.to_string())];
         self.session
             .call_noting("exec", &Exec { argv, env }, &mut |bytes| log.write(&[&bytes[..], b"\n"].concat()))
             .with_context(|| Problem::failed(format!("cannot make the base tree; the log is {}", log.path.display())))
@@ -164,8 +172,9 @@ impl Runner<'_> {
 
     fn image(&self, step: &Step) -> Result<StepRecord> {
         let image = self.prepared.base_image.as_ref().context("an image base")?;
-        let layers = crate::artifact::image::layers(self.store, &image.manifest)?;
-        let (_, config) = crate::artifact::image::read(self.store, &image.manifest)?;
+        let manifest = image.manifest.context("a pulled image")?;
+        let layers = crate::artifact::image::layers(self.store, &manifest)?;
+        let (_, config) = crate::artifact::image::read(self.store, &manifest)?;
         let mut record = StepRecord::new(&step.name, step.key, step.ingredients.clone(), layers);
         record.config = Some(config.config);
         Ok(record)
@@ -176,10 +185,8 @@ impl Runner<'_> {
         let repository = place.dir.join("repository");
         self.repository(set, &repository)?;
         let mut spec = self.spec(step, lowers, place)?;
-        spec.argv = vec!["/bin/sh".into(), "-c".into(), debian::bootstrap::install_script(set, debian::bootstrap::REPOSITORY)];
-        spec.mounts.push(Mount::Bind { source: repository, target: debian::bootstrap::REPOSITORY.into(), writable: false });
-        // The cached packages are links out of the repository's folder.
-        spec.mounts.push(Mount::Bind { source: self.debs.clone(), target: self.debs.clone(), writable: false });
+        spec.argv = vec!["/bin/sh".into(), "-c".into(), debian::bootstrap::install_script(set, REPOSITORY)?];
+        spec.mounts.push(Mount::Bind { source: repository, target: REPOSITORY.into(), writable: false });
         spec.secrets.clear();
         self.execute(step, "the package installation", &spec, log)
     }
@@ -218,7 +225,7 @@ impl Runner<'_> {
         if !dependencies {
             spec.env.extend(self.prepared.s2i_environment.clone());
         }
-        self.place_source(&mut spec, snapshot.path(), &destination, place)?;
+        self.place_source(&mut spec, &snapshot.path, &destination, place)?;
         if dependencies || self.prepared.pipeline.build.network == Network::Host {
             self.give_network(&mut spec);
         }

@@ -21,7 +21,7 @@ use serde::{Deserialize, Serialize};
 use crate::error::Problem;
 
 /// Bytes of a file given to [`Inspect::first`].
-pub const HEAD: usize = 4096;
+pub const HEAD: usize = 16 << 10;
 /// Largest owner id that a full map of 65,536 ids can hold.
 const MAX_ID: u32 = 65_535;
 

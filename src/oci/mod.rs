@@ -3,4 +3,6 @@
 pub mod compress;
 pub mod digest;
 pub mod layer;
+pub mod credentials;
+pub mod registry;
 pub mod unpack;

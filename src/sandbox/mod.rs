@@ -10,8 +10,9 @@
 //! mount namespace that goes with it. Root goes the same way as anybody, with an identity map.
 
 pub mod inside;
-mod limits;
 pub mod launch;
+mod limits;
+pub mod probe;
 pub mod protocol;
 
 use std::os::fd::{AsFd as _, BorrowedFd, OwnedFd};

@@ -75,10 +75,13 @@ impl Failure {
     pub fn of(error: &anyhow::Error) -> Self {
         let chain: Vec<_> = error.chain().collect();
         let last = chain.len() - 1;
-        let problem = chain.iter().position(|cause| cause.downcast_ref::<Problem>().is_some());
+        let problem = crate::error::problem(error).and_then(|problem| {
+            let at = chain.iter().position(|cause| cause.to_string() == problem.message)?;
+            Some((last - at, problem.kind as u8, problem.hints.clone()))
+        });
         Self {
             messages: chain.iter().rev().map(ToString::to_string).collect(),
-            problem: problem.and_then(|at| chain[at].downcast_ref::<Problem>().map(|problem| (last - at, problem.kind as u8, problem.hints.clone()))),
+            problem,
             disk_full: crate::error::is_disk_full(error),
         }
     }

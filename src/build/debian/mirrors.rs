@@ -45,7 +45,7 @@ impl Source {
     /// What stands for the address of an extra archive in the lock: the start of its digest.
     pub fn repository(&self) -> String {
         match self.kind {
-            ArchiveKind::Extra => Digest::of(&self.uri).short(),
+            ArchiveKind::Extra => stand_in(&self.uri),
             ArchiveKind::Main | ArchiveKind::Security => String::new(),
         }
     }
@@ -120,21 +120,25 @@ impl Archives {
         Ok(Self { suite, sources })
     }
 
-    /// The request for `packages` on top of `on` from these archives.
-    pub fn request(&self, packages: &[String], on: Option<String>) -> Request {
-        let mut packages = packages.to_vec();
-        packages.sort();
-        packages.dedup();
-        let extra = self.sources.iter().filter(|source| source.kind == ArchiveKind::Extra);
-        let repositories =
-            extra.map(|source| format!("{}/{}/{}", source.repository(), source.suite, source.components.join("+"))).collect();
-        Request { suite: self.suite.to_string(), packages, repositories, on }
-    }
-
     /// The text of a `sources.list` for apt.
     pub fn sources_list(&self) -> String {
         self.sources.iter().map(|source| source.line() + "\n").collect()
     }
+}
+
+/// What stands for an address in the lock.
+fn stand_in(uri: &str) -> String {
+    Digest::of(with_slash(uri)).short()
+}
+
+/// The request for `packages` of `suite` and the extra `repositories` on top of `on`. Asks nothing
+/// of this machine: it is on the path of a build in which nothing changed.
+pub fn request(suite: &str, packages: &[String], repositories: &[Repository], on: Option<String>) -> Request {
+    let mut packages = packages.to_vec();
+    packages.sort();
+    packages.dedup();
+    let repositories = repositories.iter().map(|extra| format!("{}/{}/{}", stand_in(&extra.uri), extra.suite, extra.components.join("+"))).collect();
+    Request { suite: suite.into(), packages, repositories, on }
 }
 
 /// The suite of a tree, from the text of its `os-release`; `None` for what is not Debian or not known.

@@ -13,7 +13,7 @@ use std::path::Path;
 use anyhow::Result;
 
 /// What made the tree; each includes the ones before.
-#[derive(Debug, Clone, Copy, PartialEq, Eq, PartialOrd, Ord)]
+#[derive(Debug, Clone, Copy, PartialEq, Eq, PartialOrd, Ord, serde::Serialize, serde::Deserialize)]
 pub enum Origin {
     /// Somebody's script: only what no image may carry.
     Step,

@@ -62,6 +62,21 @@ pub struct Change {
     pub what: What,
 }
 
+impl std::fmt::Display for Change {
+    fn fmt(&self, f: &mut std::fmt::Formatter<'_>) -> std::fmt::Result {
+        let what = match self.what {
+            What::Added => "is new",
+            What::Removed => "is gone",
+            What::Content => "changed",
+            What::Mode => "changed its mode",
+            What::Link => "points elsewhere",
+            What::Xattr => "changed its xattrs",
+            What::Kind => "is of another kind",
+        };
+        write!(f, "file `{}` {what}", self.path)
+    }
+}
+
 #[derive(Debug, Clone, Copy, PartialEq, Eq, PartialOrd, Ord, serde::Serialize)]
 #[serde(rename_all = "lowercase")]
 pub enum What {
