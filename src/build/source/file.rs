@@ -137,7 +137,7 @@ fn hash(reader: &mut impl io::Read, hasher: &mut Hasher, buffer: &mut [u8]) -> i
     }
 }
 
-fn zeros(hasher: &mut Hasher, mut length: u64) {
+pub(super) fn zeros(hasher: &mut Hasher, mut length: u64) {
     const ZEROS: [u8; 64 * 1024] = [0; 64 * 1024];
     while length > 0 {
         let step = length.min(ZEROS.len() as u64);
