@@ -8,6 +8,7 @@
 //! any, and root builds a user's work tree every day in CI; such a repository is read through a Git folder of our own
 //! that borrows its objects (see [`foreign`]).
 
+use std::collections::HashSet;
 use std::path::{Path, PathBuf};
 
 use anyhow::{Context as _, Result};
@@ -36,6 +37,8 @@ pub struct GitState {
     pub last_commit: Option<Commit>,
     /// Files of the folder that are not as in `head`: modified, deleted, or new and not ignored.
     pub changed: usize,
+    /// The clone is shallow and ends before the last commit was surely found; a full clone may say another.
+    pub cut: bool,
 }
 
 #[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
@@ -57,6 +60,7 @@ struct Cached {
     head: String,
     folder: Vec<u8>,
     last_commit: Option<Commit>,
+    cut: bool,
     listing: Option<Digest>,
     changed: usize,
 }
@@ -78,12 +82,15 @@ fn read(opened: &Opened, root: &Path, listing: &Digest, cache: Option<&Path>) ->
     let folder = root.strip_prefix(fs::canonicalize(top)?).context("the folder is outside of the work tree")?;
     let id = head.target().context("HEAD names no commit")?;
     let old = cache.map(load).unwrap_or_default();
-    let same = old.head == id.to_string() && old.folder == folder.as_os_str().as_encoded_bytes();
+    // A cut history may have been deepened since.
+    let same = !old.cut && old.head == id.to_string() && old.folder == folder.as_os_str().as_encoded_bytes();
+    let last = if same { Last { commit: old.last_commit.clone(), cut: old.cut } } else { last_commit(repository, id, folder)? };
     let new = Cached {
         version: CACHE_VERSION,
         head: id.to_string(),
         folder: folder.as_os_str().as_encoded_bytes().to_vec(),
-        last_commit: if same { old.last_commit.clone() } else { last_commit(repository, id, folder)?.commit },
+        last_commit: last.commit,
+        cut: last.cut,
         listing: Some(*listing),
         changed: if same && old.listing.as_ref() == Some(listing) { old.changed } else { changed(repository, root, folder)? },
     };
@@ -92,7 +99,7 @@ fn read(opened: &Opened, root: &Path, listing: &Digest, cache: Option<&Path>) ->
     }
     let branch = head.is_branch().then(|| String::from_utf8_lossy(head.shorthand_bytes()).into_owned());
     let origin = opened.origin()?.map(|url| without_credentials(&url));
-    Ok(Some(GitState { head: new.head, branch, origin, last_commit: new.last_commit, changed: new.changed }))
+    Ok(Some(GitState { head: new.head, branch, origin, last_commit: new.last_commit, changed: new.changed, cut: new.cut }))
 }
 
 fn load(cache: &Path) -> Cached {
@@ -139,30 +146,28 @@ pub(super) fn last_commit(repository: &Repository, head: Oid, folder: &Path) -> 
             Err(error) => Err(error.into()),
         }
     };
-    let shallow = repository.is_shallow();
+    let boundary = boundary(repository);
     let mut commit = repository.find_commit(head)?;
     let mut here = content(&commit)?;
     'history: loop {
-        let mut cut = false;
-        for parent in commit.parent_ids() {
-            let parent = match repository.find_commit(parent) {
-                Ok(parent) => parent,
-                Err(error) if shallow && error.code() == ErrorCode::NotFound => {
-                    cut = true;
-                    continue;
-                }
-                Err(error) => return Err(error).context("cannot read a commit's parent"),
-            };
+        for parent in commit.parents() {
             let there = content(&parent)?;
             if there == here {
                 (commit, here) = (parent, there);
                 continue 'history;
             }
         }
+        let cut = boundary.contains(&commit.id().to_string());
         // A root commit without the folder: nothing ever touched it.
-        let untouched = here.is_none() && commit.parent_count() == 0;
+        let untouched = here.is_none() && commit.parent_count() == 0 && !cut;
         return Ok(Last { commit: (!untouched).then(|| describe(&commit)), cut });
     }
+}
+
+/// Where history was cut: commits whose parents a shallow clone does not have. libgit2 shows them without parents.
+fn boundary(repository: &Repository) -> HashSet<String> {
+    let text = fs::read_to_string(repository.commondir().join("shallow")).unwrap_or_default();
+    text.lines().map(|line| line.trim().to_owned()).collect()
 }
 
 fn describe(commit: &git2::Commit<'_>) -> Commit {

@@ -32,6 +32,7 @@ fn the_whole_state() {
         origin: Some("https://git.example.org/team/app.git".into()),
         last_commit: commit(&id, "first line"),
         changed: 0,
+        cut: false,
     };
     assert_eq!(ask(&repo, "app"), Some(expected.clone()));
     repo.git(&["checkout", "-q", "--detach"]);
@@ -90,6 +91,25 @@ fn a_folder_that_came_back_is_of_the_commit_that_brought_it() {
     repo.write("app/a", "1");
     let back = repo.commit("back");
     assert_eq!(ask(&repo, "app").unwrap().last_commit, commit(&back, "back"));
+}
+
+#[test]
+fn a_shallow_clone_says_that_its_history_is_cut() {
+    let repo = Repo::new();
+    repo.write("app/a", "1");
+    let first = repo.commit("one");
+    repo.write("b", "1");
+    let second = repo.commit("two");
+    let dir = tempfile::tempdir().unwrap();
+    let clone = dir.path().join("clone");
+    let cache = dir.path().join("cache");
+    super::super::testing::git(dir.path(), &["clone", "-q", "--depth=1", &repo.url(), "clone"]);
+    let ask = || state(&clone.join("app"), &Digest::of("any"), Some(&cache)).unwrap().unwrap();
+    let found = ask();
+    assert_eq!((found.last_commit, found.cut), (commit(&second, "two"), true));
+    super::super::testing::git(&clone, &["fetch", "-q", "--unshallow"]);
+    let found = ask();
+    assert_eq!((found.last_commit, found.cut), (commit(&first, "one"), false));
 }
 
 #[test]
