@@ -318,12 +318,15 @@ fn read_source(build: &Build<'_>, prepared: &mut Prepared) -> Result<()> {
     let (root, checkout) = match &prepared.pipeline.source {
         Source::Path(path) => (path.clone(), None),
         Source::Git { url, reference, dir, submodules } => {
+            let ssh_keys: Vec<PathBuf> =
+                build.host.home.iter().flat_map(|home| ["id_ed25519", "id_ecdsa", "id_rsa"].map(|name| home.join(".ssh").join(name))).collect();
             let request = source::fetch::Request {
                 url,
                 reference: reference.as_deref(),
+                dir: dir.as_deref(),
                 submodules: *submodules,
-                cache_dir: &build.store.cache("git"),
-                home: build.host.home.as_deref(),
+                ssh_keys: &ssh_keys,
+                cache: &build.store.cache("git"),
             };
             let checkout = source::fetch::fetch(&request)?;
             let root = dir.as_ref().map_or_else(|| checkout.path.clone(), |dir| checkout.path.join(dir));
@@ -340,7 +343,7 @@ fn read_source(build: &Build<'_>, prepared: &mut Prepared) -> Result<()> {
     let scan = source::scan::scan(&root, &options)?;
     let digest = scan.listing.digest();
     prepared.git = match &checkout {
-        Some(checkout) => Some(checkout.state(prepared_dir(&prepared.pipeline))?),
+        Some(checkout) => Some(checkout.state.clone()),
         None => source::git::state(&root, &digest, Some(&build.store.cache("stat").join(format!("{cache_name}.git"))))?,
     };
     if let Some(git) = &prepared.git
@@ -349,7 +352,7 @@ fn read_source(build: &Build<'_>, prepared: &mut Prepared) -> Result<()> {
         let files = if git.changed == 1 { "1 file differs".to_string() } else { format!("{} files differ", git.changed) };
         build.progress.warn(format!("the work tree is built as it lies: {files} from commit {}", &git.head[..git.head.len().min(12)]));
     }
-    prepared.source_epoch = build.host.source_date_epoch.or_else(|| prepared.git.as_ref().map(|git| git.last_commit.time)).unwrap_or(plan::FIXED_EPOCH);
+    prepared.source_epoch = build.host.source_date_epoch.or_else(|| prepared.git.as_ref().and_then(|git| git.last_commit.as_ref()).map(|commit| commit.time)).unwrap_or(plan::FIXED_EPOCH);
     if let Some(dependencies) = prepared.builder.as_ref().and_then(|builder| builder.meta.dependencies.as_ref()) {
         prepared.lock_files = Some(scan.listing.filter(&dependencies.inputs)?);
     }
@@ -357,13 +360,6 @@ fn read_source(build: &Build<'_>, prepared: &mut Prepared) -> Result<()> {
     prepared.listing = Some(scan.listing);
     prepared.source_root = Some(root);
     Ok(())
-}
-
-fn prepared_dir(pipeline: &Pipeline) -> Option<&Path> {
-    match &pipeline.source {
-        Source::Git { dir, .. } => dir.as_deref(),
-        Source::Path(_) => None,
-    }
 }
 
 /// `.s2i/environment`: `NAME=VALUE` lines; one pair of quotes around a value is taken off, as the
@@ -409,7 +405,6 @@ fn read_configure(prepared: &mut Prepared) -> Result<()> {
         };
         prepared.configure.push(digest);
     }
-    // Without a builder the configure steps are dated by their newest commit's folder: the pipeline's own.
     Ok(())
 }
 
