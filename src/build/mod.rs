@@ -121,6 +121,11 @@ impl Prepared {
         self.lock.sets.get(&wanted.request.key()).context("a locked set")
     }
 
+    /// The source's listings, as they are now.
+    pub fn listings(&self) -> Vec<&Listing> {
+        [&self.listing, &self.lock_files].into_iter().flatten().collect()
+    }
+
     fn set_input(&self, step: &str) -> Option<SetInput> {
         let set = self.set(step).ok()?;
         let packages = set.packages.iter().map(|package| (package.name.clone(), package.version.clone(), package.sha256.hex())).collect();
@@ -173,6 +178,8 @@ pub struct BuiltStepSummary {
     pub key: Digest,
     pub ran: bool,
     pub seconds: f64,
+    /// How much of `seconds` was the script's own.
+    pub script_seconds: f64,
     /// Bytes of the layer's blob.
     pub bytes: u64,
 }
@@ -518,7 +525,7 @@ fn one_step(build: &Build<'_>, runner: &steps::Runner<'_>, step: &Step, below: &
         build.progress.event(Event::StepEnd { step: name, outcome: Outcome::Cached, seconds: 0.0, bytes: record.bytes() });
         return Ok((*record, false));
     }
-    let because = explain::because(build.store, runner.prepared.pipeline.name.as_str(), step)?;
+    let because = explain::because(build.store, runner.prepared, step)?;
     build.progress.event(Event::StepStart { step: name.clone(), because });
     let started = Instant::now();
     match runner.run(step, below, build.progress) {
@@ -543,7 +550,7 @@ fn finish(build: &Build<'_>, prepared: &Prepared, steps: &[Step], results: Vec<(
     refuse_secrets_in_config(prepared, &recipe)?;
     let descriptor: Descriptor = crate::artifact::image::write(build.store, &recipe)?;
     let name = format!("{}:latest", prepared.pipeline.name);
-    let summary = results.iter().map(|(record, ran)| BuiltStepSummary { step: record.step.clone(), key: record.key, ran: *ran, seconds: if *ran { record.seconds } else { 0.0 }, bytes: record.bytes() });
+    let summary = results.iter().map(|(record, ran)| BuiltStepSummary { step: record.step.clone(), key: record.key, ran: *ran, seconds: if *ran { record.seconds } else { 0.0 }, script_seconds: if *ran { record.script_seconds } else { 0.0 }, bytes: record.bytes() });
     let built = Built {
         schema: 1,
         name: name.clone(),
@@ -571,7 +578,7 @@ fn refuse_secrets_in_config(prepared: &Prepared, recipe: &crate::artifact::image
 }
 
 fn remember(build: &Build<'_>, prepared: &Prepared, steps: &[Step], results: &[(StepRecord, bool)], digest: Digest) -> Result<()> {
-    for listing in [&prepared.listing, &prepared.lock_files].into_iter().flatten() {
+    for listing in prepared.listings() {
         let path = build.store.cache("listings").join(listing.digest().hex());
         if !path.exists() {
             crate::artifact::store::write_atomic(&path, &listing.encode())?;
