@@ -20,7 +20,9 @@ use std::path::{Path, PathBuf};
 
 use anyhow::{Context as _, Result, bail};
 use fs_err as fs;
-use git2::{Cred, CredentialType, ErrorClass, ErrorCode, FetchOptions, ObjectType, Oid, ProxyOptions, RemoteCallbacks, Repository};
+use git2::{
+    Cred, CredentialType, ErrorClass, ErrorCode, FetchOptions, ObjectType, Oid, ProxyOptions, RemoteCallbacks, Repository,
+};
 use rustix::fs::FlockOperation;
 
 use super::git::{GitState, Last, last_commit, without_credentials};
@@ -147,7 +149,8 @@ impl<'a> Mirror<'a> {
         let folder = request.cache.join("mirrors");
         fs::create_dir_all(&folder)?;
         let name = Digest::of(request.url).short();
-        let lock = lock(&folder.join(format!("{name}.lock")), FlockOperation::LockExclusive)?.context("a lock that waits is got")?;
+        let lock =
+            lock(&folder.join(format!("{name}.lock")), FlockOperation::LockExclusive)?.context("a lock that waits is got")?;
         let path = folder.join(format!("{name}.git"));
         let repository = match Repository::open_bare(&path) {
             Ok(repository) => repository,
@@ -158,7 +161,7 @@ impl<'a> Mirror<'a> {
 
     /// The same mirror, empty.
     fn anew(self) -> Result<Self> {
-        Ok(Self { repository: init(&self.repository.path().to_owned())?, ..self })
+        Ok(Self { repository: init(self.repository.path())?, ..self })
     }
 
     fn take(&mut self) -> Result<Taken> {
@@ -193,8 +196,10 @@ impl<'a> Mirror<'a> {
             Err(error) if error.code() == ErrorCode::NotFound => return Ok(None),
             Err(error) => return Err(error.into()),
         };
-        let dir: PathBuf = self.request.dir.into_iter().flat_map(Path::components).filter(|part| part.as_os_str() != ".").collect();
-        if !dir.as_os_str().is_empty() && !commit.tree()?.get_path(&dir).is_ok_and(|entry| entry.kind() == Some(ObjectType::Tree)) {
+        let dir: PathBuf =
+            self.request.dir.into_iter().flat_map(Path::components).filter(|part| part.as_os_str() != ".").collect();
+        if !dir.as_os_str().is_empty() && !commit.tree()?.get_path(&dir).is_ok_and(|entry| entry.kind() == Some(ObjectType::Tree))
+        {
             let commit = resolved.commit.to_string();
             return Err(Problem::failed(format!("there is no folder `{}` in commit {}", dir.display(), &commit[..12]))
                 .hint("`source.dir` is relative to the top of the repository")
@@ -219,7 +224,7 @@ impl<'a> Mirror<'a> {
         };
         for depth in DEPTHS {
             // A server that cannot send a part, or a commit that no reference names, sends all.
-            match self.download(&[spec.clone()], depth) {
+            match self.download(std::slice::from_ref(&spec), depth) {
                 Err(error) if is_transient(&error) => return Err(self.problem(&error).into()),
                 Err(_) => break,
                 Ok(()) => {}
@@ -243,7 +248,9 @@ impl<'a> Mirror<'a> {
         match self.repository.revparse_single(&format!("{wanted}^{{commit}}")) {
             Ok(commit) => Ok(Resolved { commit: commit.id(), name: None, branch: None }),
             Err(error) if error.code() == ErrorCode::Ambiguous => {
-                Err(Problem::failed(format!("several commits begin with `{wanted}`")).hint("give more of its digits in `source.ref`").into())
+                Err(Problem::failed(format!("several commits begin with `{wanted}`"))
+                    .hint("give more of its digits in `source.ref`")
+                    .into())
             }
             Err(_) => Err(self.not_found(&self.references()?).into()),
         }
@@ -310,9 +317,11 @@ impl<'a> Mirror<'a> {
 
     fn not_found(&self, references: &[(String, Oid, Option<String>)]) -> Problem {
         let wanted = self.request.reference.unwrap_or("HEAD");
-        let short = |name: &'_ str| name.strip_prefix("refs/heads/").or_else(|| name.strip_prefix("refs/tags/")).map(str::to_owned);
+        let short =
+            |name: &'_ str| name.strip_prefix("refs/heads/").or_else(|| name.strip_prefix("refs/tags/")).map(str::to_owned);
         let names: Vec<String> = references.iter().filter_map(|(name, ..)| short(name.trim_end_matches("^{}"))).collect();
-        let problem = Problem::failed(format!("`{}` has no branch, tag or commit `{wanted}`", without_credentials(self.request.url)));
+        let problem =
+            Problem::failed(format!("`{}` has no branch, tag or commit `{wanted}`", without_credentials(self.request.url)));
         match nearest(wanted, names.iter().map(String::as_str)) {
             Some(near) => problem.hint(format!("did you mean `{near}`?")),
             None => problem.hint("`git ls-remote` shows what there is; set `source.ref`"),
@@ -325,8 +334,10 @@ impl<'a> Mirror<'a> {
             return Problem::failed(format!("the repository `{url}` is empty")).hint("push a commit to it first");
         }
         let branches: Vec<&str> = references.iter().filter_map(|(name, ..)| name.strip_prefix("refs/heads/")).take(5).collect();
-        Problem::failed(format!("the HEAD of `{url}` is a branch that does not exist"))
-            .hint(format!("name one in `source.ref`, like {}", branches.iter().map(|name| format!("`{name}`")).collect::<Vec<_>>().join(", ")))
+        Problem::failed(format!("the HEAD of `{url}` is a branch that does not exist")).hint(format!(
+            "name one in `source.ref`, like {}",
+            branches.iter().map(|name| format!("`{name}`")).collect::<Vec<_>>().join(", ")
+        ))
     }
 
     /// Writes the files of a commit as they are in the repository: no attribute or setting changes their bytes.
@@ -373,7 +384,8 @@ fn init(path: &Path) -> Result<Repository> {
         fs::remove_dir_all(path)?;
     }
     let mut options = git2::RepositoryInitOptions::new();
-    Repository::init_opts(path, options.bare(true).external_template(false)).with_context(|| format!("cannot make `{}`", path.display()))
+    Repository::init_opts(path, options.bare(true).external_template(false))
+        .with_context(|| format!("cannot make `{}`", path.display()))
 }
 
 /// Writes a tree to the new folder `to`; a submodule becomes an empty folder.
@@ -426,15 +438,21 @@ fn is_transient(error: &git2::Error) -> bool {
         "broken pipe",
     ];
     let message = error.message().to_lowercase();
-    let network = matches!(error.class(), ErrorClass::Net | ErrorClass::Http | ErrorClass::Ssh | ErrorClass::Os | ErrorClass::Ssl | ErrorClass::None);
-    !matches!(error.code(), ErrorCode::Auth | ErrorCode::Certificate) && network && WORDS.iter().any(|word| message.contains(word))
+    let network = matches!(
+        error.class(),
+        ErrorClass::Net | ErrorClass::Http | ErrorClass::Ssh | ErrorClass::Os | ErrorClass::Ssl | ErrorClass::None
+    );
+    !matches!(error.code(), ErrorCode::Auth | ErrorCode::Certificate)
+        && network
+        && WORDS.iter().any(|word| message.contains(word))
 }
 
 fn explain(url: &str, error: &git2::Error) -> Problem {
     let shown = without_credentials(url);
     let message = error.message().trim();
     if is_transient(error) {
-        return Problem::transient(format!("cannot reach `{shown}`: {message}")).hint("check the address and the network, then try again");
+        return Problem::transient(format!("cannot reach `{shown}`: {message}"))
+            .hint("check the address and the network, then try again");
     }
     let denied = ["status code: 401", "status code: 403", "authentication"].iter().any(|word| message.contains(word));
     if error.code() == ErrorCode::Auth || denied {
@@ -451,7 +469,8 @@ fn explain(url: &str, error: &git2::Error) -> Problem {
     }
     let missing = ["status code: 404", "not found", "not exist", "not exported", "resolve path", "could not find repository"];
     if error.code() == ErrorCode::NotFound || missing.iter().any(|word| message.to_lowercase().contains(word)) {
-        return Problem::failed(format!("there is no repository `{shown}`, or not for us: {message}")).hint("check `source.git` and your rights to it");
+        return Problem::failed(format!("there is no repository `{shown}`, or not for us: {message}"))
+            .hint("check `source.git` and your rights to it");
     }
     Problem::failed(format!("`{shown}` cannot be fetched: {message}"))
 }
@@ -465,10 +484,13 @@ fn is_commit(text: &str, least: usize) -> bool {
 fn add_submodules(request: &Request<'_>, commit: Oid, to: &Path, nesting: usize) -> Result<()> {
     for Submodule { path, url, commit } in submodules(request, commit, to)? {
         if nesting == MAX_NESTING {
-            return Err(Problem::failed(format!("submodules are nested more than {MAX_NESTING} deep at `{}`", path.display())).into());
+            return Err(
+                Problem::failed(format!("submodules are nested more than {MAX_NESTING} deep at `{}`", path.display())).into()
+            );
         }
         let sub = Request { url: &url, reference: Some(&commit), dir: None, ..*request };
-        let taken = fetch_nested(&sub, nesting + 1).with_context(|| format!("cannot fetch the submodule `{}`", path.display()))?;
+        let taken =
+            fetch_nested(&sub, nesting + 1).with_context(|| format!("cannot fetch the submodule `{}`", path.display()))?;
         copy_tree(&taken.path, &to.join(&path)).with_context(|| format!("cannot copy the submodule `{}`", path.display()))?;
     }
     Ok(())
@@ -548,7 +570,9 @@ fn join_url(parent: &str, url: &str) -> Result<String> {
         url.to_owned()
     };
     if is_local(&joined) && !is_local(parent) {
-        return Err(Problem::failed(format!("the submodule URL `{joined}` is a path of this machine, its repository is not")).into());
+        return Err(
+            Problem::failed(format!("the submodule URL `{joined}` is a path of this machine, its repository is not")).into()
+        );
     }
     Ok(joined)
 }

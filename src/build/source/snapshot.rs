@@ -70,7 +70,9 @@ pub fn snapshot(listing: &Listing, root: &Path, store: &Path) -> Result<Snapshot
     let _making = store.lock(".lock", FlockOperation::LockExclusive)?.context("a lock that waits is got")?;
     store.clear()?;
     if store.read(&digest.hex()).is_none() {
-        store.make(listing, root, &digest).with_context(|| format!("cannot take a snapshot of the source `{}`", root.display()))?;
+        store
+            .make(listing, root, &digest)
+            .with_context(|| format!("cannot take a snapshot of the source `{}`", root.display()))?;
     }
     let lease = store.lock(&format!("{}.lock", digest.hex()), FlockOperation::LockShared)?.context("a lock that waits is got")?;
     // The newest is the one used last.
@@ -176,9 +178,12 @@ impl Store {
     fn make(&self, listing: &Listing, root: &Path, digest: &Digest) -> Result<()> {
         let hex = digest.hex();
         if fs::symlink_metadata(self.dir.join(&hex)).is_ok() {
-            return Err(Problem::transient(format!("`{}` is from before this machine was started, and in use", self.dir.join(&hex).display()))
-                .hint("wait for the other build, then run the command again")
-                .into());
+            return Err(Problem::transient(format!(
+                "`{}` is from before this machine was started, and in use",
+                self.dir.join(&hex).display()
+            ))
+            .hint("wait for the other build, then run the command again")
+            .into());
         }
         let work = self.dir.join("making-tree");
         let base = self.nearest(listing)?;
@@ -262,7 +267,8 @@ impl<'a> Tree<'a> {
             let same = new.get(&entry.path).is_some_and(|new| new == entry || (folder(new) && folder(entry)));
             if !same {
                 let flags = if folder(entry) { AtFlags::REMOVEDIR } else { AtFlags::empty() };
-                rustix::fs::unlinkat(&self.fd, entry.path.as_slice(), flags).map_err(|error| self.failed(entry, &error.into()))?;
+                rustix::fs::unlinkat(&self.fd, entry.path.as_slice(), flags)
+                    .map_err(|error| self.failed(entry, &error.into()))?;
                 touched.insert(parent(&entry.path).unwrap_or_default());
             }
         }
@@ -291,7 +297,8 @@ impl<'a> Tree<'a> {
             let path = entry.path.as_slice();
             match &entry.kind {
                 Kind::Directory => {
-                    rustix::fs::mkdirat(&self.fd, path, Mode::from_raw_mode(0o755)).map_err(|error| self.failed(entry, &error.into()))?;
+                    rustix::fs::mkdirat(&self.fd, path, Mode::from_raw_mode(0o755))
+                        .map_err(|error| self.failed(entry, &error.into()))?;
                     let fd = self.open_folder(path).map_err(|error| self.failed(entry, &error))?;
                     rustix::fs::fchmod(&fd, Mode::from_raw_mode(0o755)).map_err(|error| self.failed(entry, &error.into()))?;
                     set_xattrs(fd.as_fd(), &entry.xattrs).map_err(|error| self.failed(entry, &error))?;
@@ -315,12 +322,14 @@ impl<'a> Tree<'a> {
             Problem::failed(format!("`{}` of the source `{}` changed while it was read", entry.name(), self.root.display()))
                 .hint("run the command again")
         };
-        let mut from = file::open(self.source.as_fd(), path).map_err(|error| match error.raw_os_error().map(Errno::from_raw_os_error) {
-            Some(Errno::NOENT | Errno::LOOP | Errno::NOTDIR | Errno::NXIO) => changed().into(),
-            _ => self.failed(entry, &error),
-        })?;
+        let mut from =
+            file::open(self.source.as_fd(), path).map_err(|error| match error.raw_os_error().map(Errno::from_raw_os_error) {
+                Some(Errno::NOENT | Errno::LOOP | Errno::NOTDIR | Errno::NXIO) => changed().into(),
+                _ => self.failed(entry, &error),
+            })?;
         let flags = OFlags::WRONLY | OFlags::CREATE | OFlags::EXCL | OFlags::NOFOLLOW | OFlags::CLOEXEC;
-        let to = rustix::fs::openat(&self.fd, path, flags, Mode::from_raw_mode(0o600)).map_err(|error| self.failed(entry, &error.into()))?;
+        let to = rustix::fs::openat(&self.fd, path, flags, Mode::from_raw_mode(0o600))
+            .map_err(|error| self.failed(entry, &error.into()))?;
         let mut to = std::fs::File::from(to);
         let copied = copy_bytes(&mut from, &mut to, *size).map_err(|error| self.failed(entry, &error))?;
         if copied != Some(*digest) {
@@ -345,8 +354,10 @@ impl<'a> Tree<'a> {
     fn age<'p>(&self, folders: impl IntoIterator<Item = &'p [u8]>) -> Result<()> {
         for path in folders {
             let path = if path.is_empty() { b"." } else { path };
-            rustix::fs::utimensat(&self.fd, path, &times(), AtFlags::SYMLINK_NOFOLLOW)
-                .map_err(|error| anyhow::Error::new(io::Error::from(error)).context(format!("cannot set the time of `{}`", String::from_utf8_lossy(path))))?;
+            rustix::fs::utimensat(&self.fd, path, &times(), AtFlags::SYMLINK_NOFOLLOW).map_err(|error| {
+                anyhow::Error::new(io::Error::from(error))
+                    .context(format!("cannot set the time of `{}`", String::from_utf8_lossy(path)))
+            })?;
         }
         Ok(())
     }
@@ -447,9 +458,8 @@ fn times() -> Timestamps {
 
 fn open_dir(path: &Path) -> Result<OwnedFd> {
     let flags = OFlags::RDONLY | OFlags::DIRECTORY | OFlags::CLOEXEC;
-    rustix::fs::open(path, flags, Mode::empty()).map_err(|error| {
-        anyhow::Error::new(io::Error::from(error)).context(format!("cannot open `{}`", path.display()))
-    })
+    rustix::fs::open(path, flags, Mode::empty())
+        .map_err(|error| anyhow::Error::new(io::Error::from(error)).context(format!("cannot open `{}`", path.display())))
 }
 
 /// Removes a file or a tree; that it is gone already is fine.
@@ -525,20 +535,24 @@ mod tests {
     fn check(path: &Path, listing: &Listing) {
         let found = scan(path, &ScanOptions { gitignore: false, cache: None }).unwrap().listing;
         assert_eq!(super::super::listing::changes(listing, &found), []);
-        let mut all: Vec<PathBuf> = listing.entries.iter().map(|entry| path.join(super::super::listing::as_path(&entry.path))).collect();
+        let mut all: Vec<PathBuf> =
+            listing.entries.iter().map(|entry| path.join(super::super::listing::as_path(&entry.path))).collect();
         all.push(path.to_owned());
         for path in all {
             let stat = fs::symlink_metadata(&path).unwrap();
             assert_eq!((stat.mtime(), stat.mtime_nsec()), (MTIME, 0), "{}", path.display());
             let mode = stat.mode() & 0o7777;
-            assert!(matches!((stat.is_symlink(), stat.is_dir(), mode), (true, ..) | (_, true, 0o755) | (_, false, 0o755 | 0o644)), "{mode:o}");
+            assert!(
+                matches!((stat.is_symlink(), stat.is_dir(), mode), (true, ..) | (_, true, 0o755) | (_, false, 0o755 | 0o644)),
+                "{mode:o}"
+            );
         }
     }
 
     fn edit(source: &Source) {
         source.write("a", "changed");
         source.write("new/n", "new");
-        source.write("gone", "a folder became a file") ;
+        source.write("gone", "a folder became a file");
     }
 
     #[test]
