@@ -153,8 +153,9 @@ impl<'a> Mirror<'a> {
             lock(&folder.join(format!("{name}.lock")), FlockOperation::LockExclusive)?.context("a lock that waits is got")?;
         let path = folder.join(format!("{name}.git"));
         let repository = match Repository::open_bare(&path) {
-            Ok(repository) => repository,
-            Err(_) => init(&path)?,
+            // Without this folder libgit2 would write packs to `/`.
+            Ok(repository) if fs::symlink_metadata(path.join("objects/pack")).is_ok() => repository,
+            _ => init(&path)?,
         };
         Ok(Self { request, repository, history: true, _lock: lock })
     }
@@ -225,7 +226,7 @@ impl<'a> Mirror<'a> {
         for depth in DEPTHS {
             // A server that cannot send a part, or a commit that no reference names, sends all.
             match self.download(std::slice::from_ref(&spec), depth) {
-                Err(error) if is_transient(&error) => return Err(self.problem(&error).into()),
+                Err(error) if is_transient(&error) => return Err(self.problem(error)),
                 Err(_) => break,
                 Ok(()) => {}
             }
@@ -260,7 +261,7 @@ impl<'a> Mirror<'a> {
         // git2: the depth that completes a shallow repository.
         let depth = if self.repository.is_shallow() { i32::MAX } else { 0 };
         let specs = ["+HEAD:refs/pipeline/head", "+refs/heads/*:refs/heads/*", "+refs/tags/*:refs/tags/*"].map(str::to_owned);
-        self.download(&specs, depth).map_err(|error| self.problem(&error).into())
+        self.download(&specs, depth).map_err(|error| self.problem(error))
     }
 
     fn download(&mut self, specs: &[String], depth: i32) -> Result<(), git2::Error> {
@@ -282,7 +283,7 @@ impl<'a> Mirror<'a> {
             let target = |head: &git2::RemoteHead<'_>| head.symref_target().map(str::to_owned);
             Ok(connection.list()?.iter().map(|head| (head.name().to_owned(), head.oid(), target(head))).collect::<Vec<_>>())
         };
-        ask().map_err(|error| self.problem(&error).into())
+        ask().map_err(|error| self.problem(error))
     }
 
     /// The wanted reference on the remote; `None` when it can only be an abbreviated commit.
@@ -373,8 +374,14 @@ impl<'a> Mirror<'a> {
         callbacks
     }
 
-    fn problem(&self, error: &git2::Error) -> Problem {
-        explain(self.request.url, error)
+    fn problem(&self, error: git2::Error) -> anyhow::Error {
+        // Not the remote's doing: see `is_broken`.
+        match error.class() {
+            ErrorClass::Filesystem | ErrorClass::Odb | ErrorClass::Indexer | ErrorClass::Zlib | ErrorClass::Object => {
+                error.into()
+            }
+            _ => explain(self.request.url, &error).into(),
+        }
     }
 }
 
