@@ -7,6 +7,7 @@
 //! mirrors/<hex>.lock     held while its mirror is used
 //! checkouts/<commit>     the files of a commit, without `.git`
 //! checkouts/<commit>-sub the same with its submodules
+//! checkouts/<name>.boot  the boot of the machine it was made in
 //! making/                unfinished checkouts, each with a lock beside it
 //! ```
 //!
@@ -28,6 +29,7 @@ use rustix::fs::FlockOperation;
 use super::git::{GitState, Last, last_commit, without_credentials};
 use super::listing::as_path;
 use super::scan::words;
+use super::snapshot::boot_id;
 use crate::error::{Problem, nearest};
 use crate::oci::digest::Digest;
 
@@ -172,7 +174,7 @@ impl<'a> Mirror<'a> {
         };
         let name = format!("{}{}", resolved.commit, if self.request.submodules { "-sub" } else { "" });
         let path = self.request.cache.join("checkouts").join(name);
-        let making = if fs::symlink_metadata(&path).is_ok() { None } else { Some(Making::begin(self.request.cache)?) };
+        let making = if is_whole(&path) { None } else { Some(Making::begin(self.request.cache)?) };
         if let Some(making) = &making {
             self.write(resolved.commit, &making.tree())?;
         }
@@ -610,7 +612,7 @@ fn copy_tree(from: &Path, to: &Path) -> Result<()> {
 /// A checkout being written. What a killed process leaves is removed by the next one.
 struct Making {
     dir: PathBuf,
-    lock: fs::File,
+    _lock: fs::File,
 }
 
 impl Making {
@@ -627,25 +629,35 @@ impl Making {
         }
         let dir = tempfile::Builder::new().prefix("checkout-").tempdir_in(&folder).context("cannot make a folder")?.keep();
         let lock = lock(&dir.join("lock"), FlockOperation::LockExclusive)?.context("a new lock is free")?;
-        Ok(Self { dir, lock })
+        Ok(Self { dir, _lock: lock })
     }
 
     fn tree(&self) -> PathBuf {
         self.dir.join("tree")
     }
 
-    /// Puts the tree in its place, safe from a power cut.
+    /// Puts the tree in its place, unless another process was faster with the same.
     fn finish(self, place: &Path) -> Result<()> {
-        rustix::fs::syncfs(&self.lock).map_err(std::io::Error::from).context("cannot write the checkout to disk")?;
-        let parent = place.parent().context("a checkout has a folder")?;
-        fs::create_dir_all(parent)?;
-        match fs::rename(self.tree(), place) {
-            // Another process was faster with the same.
-            Err(_) if fs::symlink_metadata(place).is_ok() => {}
-            done => done?,
+        fs::create_dir_all(place.parent().context("a checkout has a folder")?)?;
+        if fs::symlink_metadata(place).is_ok() {
+            if is_whole(place) {
+                return Ok(());
+            }
+            fs::rename(place, self.dir.join("old"))?;
         }
-        Ok(())
+        match fs::rename(self.tree(), place) {
+            Err(_) if is_whole(place) => Ok(()),
+            Err(error) => Err(error.into()),
+            Ok(()) => Ok(fs::write(place.with_extension("boot"), boot_id())?),
+        }
     }
+}
+
+/// Whether a checkout is finished and was made in this boot of the machine: nothing is synced, so one from before a power
+/// cut may have holes. It is written again from the mirror then, where every object has its checksum.
+fn is_whole(checkout: &Path) -> bool {
+    fs::read_to_string(checkout.with_extension("boot")).is_ok_and(|boot| boot == boot_id())
+        && fs::symlink_metadata(checkout).is_ok()
 }
 
 impl Drop for Making {

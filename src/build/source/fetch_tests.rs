@@ -410,6 +410,23 @@ fn a_killed_checkout_is_removed_by_the_next() {
 }
 
 #[test]
+fn a_checkout_of_another_boot_is_written_again() {
+    let (repo, [first, ..]) = history();
+    let cache = Cache::new();
+    let path = cache.fetch(&repo.url(), &first).path;
+    for (name, breaks) in [
+        ("another boot", (|path| fs::write(path.with_extension("boot"), "other").unwrap()) as fn(&Path)),
+        ("killed before the mark", |path| fs::remove_file(path.with_extension("boot")).unwrap()),
+        ("gone", |path| fs::remove_dir_all(path).unwrap()),
+    ] {
+        fs::write(path.join("run"), "").unwrap();
+        breaks(&path);
+        assert_eq!(cache.fetch(&repo.url(), &first).path, path);
+        assert_eq!(files(&path), texts(&[("app/a", "1"), ("link", "-> run"), ("run", "#!")]), "{name}");
+    }
+}
+
+#[test]
 fn attributes_do_not_change_bytes() {
     let repo = Repo::new();
     repo.write(".gitattributes", "*.bat text eol=crlf\n*.id ident\nout export-ignore\n");

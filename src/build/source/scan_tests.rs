@@ -139,6 +139,8 @@ fn what_a_source_cannot_hold_is_named() {
         }
         source.write(".s2iignore", "sub/x\n");
         assert_eq!(source.paths(), [".s2iignore", "sub", "sub/ok"]);
+        // So that the folder of the test can be removed.
+        fs_err::set_permissions(source.root().join("sub/x"), Permissions::from_mode(0o700)).unwrap();
     }
 }
 
