@@ -68,11 +68,21 @@ impl Build<'_> {
 
     /// Starts an unshare process.
     pub fn session(&self, interactive: bool) -> Result<Session> {
-        Session::start(&sandbox::Options {
-            program: self.host.program.clone(),
-            own_network: false,
-            interactive,
-            fault: self.host.fault_inside,
+        self.start_session(false, interactive)
+    }
+
+    /// Starts an unshare process; where this machine refuses, the checks of `doctor` say why.
+    pub fn start_session(&self, own_network: bool, interactive: bool) -> Result<Session> {
+        let options = sandbox::Options { program: self.host.program.clone(), own_network, interactive, fault: self.host.fault_inside };
+        Session::start(&options).map_err(|error| {
+            let uid = rustix::process::geteuid().as_raw();
+            let user = sandbox::user_name_of(uid).unwrap_or_else(|| uid.to_string());
+            let env = sandbox::probe::ProbeEnv::new(self.host.path.clone(), uid, user, self.store.root().to_path_buf(), self.host.program.clone());
+            let mut problem = Problem::failed("this machine does not let pipeline make its sandbox");
+            for check in sandbox::probe::probe(&env).into_iter().filter(sandbox::probe::Check::blocks) {
+                problem = problem.hint(format!("{}: {}{}", check.name, check.detail, check.fix.map(|fix| format!("; {fix}")).unwrap_or_default()));
+            }
+            error.context(problem)
         })
     }
 }
@@ -449,6 +459,7 @@ pub fn build(build: &Build<'_>, pipeline: &Pipeline, options: &Options) -> Resul
         steps = prepared.plan()?;
     }
     let cached = found.iter().filter(|found| found.is_some()).count();
+    tell_age(build, &prepared);
     build.progress.event(Event::Plan { pipeline: pipeline.name.to_string(), steps: steps.iter().map(|step| step.name.clone()).collect(), cached });
     let results = if cached == steps.len() {
         sweep_leftovers(build)?;
@@ -464,9 +475,20 @@ pub fn build(build: &Build<'_>, pipeline: &Pipeline, options: &Options) -> Resul
     finish(build, &prepared, &steps, results, options, started)
 }
 
+/// Says how old the locked packages are (DESIGN section 7, contract 11).
+fn tell_age(build: &Build<'_>, prepared: &Prepared) {
+    let oldest = prepared.requests.iter().filter_map(|wanted| prepared.lock.sets.get(&wanted.request.key())).map(|set| set.resolved.as_str()).min();
+    let Some(resolved) = oldest.and_then(|date| date.parse::<jiff::Timestamp>().ok()) else { return };
+    let days = (build.host.now - resolved.as_second()) / 86_400;
+    if days >= 1 {
+        let date = resolved.strftime("%Y-%m-%d");
+        build.progress.note(format!("packages as locked on {date}, {days} day{} ago; `pipeline update` moves them", if days == 1 { "" } else { "s" }));
+    }
+}
+
 /// Removes what killed builds left, when nobody else is building.
 fn sweep_leftovers(build: &Build<'_>) -> Result<()> {
-    if !work::leftovers(build.store)? || Lock::try_now(&build.store.cache("work.lock"), Hold::Exclusive)?.is_none() {
+    if !work::leftovers(build.store)? || build.store.alone()?.is_none() {
         return Ok(());
     }
     let session = build.session(false)?;
