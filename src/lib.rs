@@ -2,6 +2,8 @@
 //!
 //! Four levels; calls go down only (ARCHITECTURE.md tells more).
 
+// 4 · talks to people
+pub mod cli;
 // 3 · flows
 pub mod build;
 // 2 · nouns of the field

@@ -8,3 +8,5 @@ graceful_timeout = 20
 # The application writes its own access log, one JSON object per line.
 accesslog = None
 errorlog = "-"
+# No second way in: nobody talks to the running server but over HTTP and signals.
+control_socket_disable = True

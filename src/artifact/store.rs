@@ -6,7 +6,7 @@
 //! ROOT/store/blobs/sha256/HEX
 //! ROOT/store/.tmp/                      blobs being written
 //! ROOT/cache/...                        trees, step records, packages: may be thrown away
-//! ROOT/state/...                        build records and logs
+//! STATE/...                             build records and logs; ROOT/state unless said otherwise
 //! ```
 //! Every write goes to a temporary name, fsync, rename, fsync of the folder. The index is changed
 //! under an exclusive `flock`; readers need no lock, since it is replaced whole.
@@ -118,6 +118,7 @@ fn open_lock(path: &Path) -> Result<std::fs::File> {
 #[derive(Debug, Clone)]
 pub struct Store {
     root: PathBuf,
+    state: PathBuf,
 }
 
 impl Store {
@@ -126,7 +127,12 @@ impl Store {
     /// # Errors
     /// A store of another user, or of a newer format.
     pub fn open(root: &Path) -> Result<Self> {
-        let store = Self { root: root.to_path_buf() };
+        Self::open_with_state(root, &root.join("state"))
+    }
+
+    /// [`Store::open`], with records and logs in another place.
+    pub fn open_with_state(root: &Path, state: &Path) -> Result<Self> {
+        let store = Self { root: root.to_path_buf(), state: state.to_path_buf() };
         match fs_err::read_to_string(root.join("version")) {
             Ok(text) => {
                 let owner = fs_err::metadata(root)?.uid();
@@ -150,8 +156,11 @@ impl Store {
     }
 
     fn create(&self) -> Result<()> {
-        for dir in ["store/blobs/sha256", "store/.tmp", "cache/steps", "cache/trees", "cache/work", "cache/listings", "cache/stat", "cache/debs", "cache/lists", "cache/git", "cache/snapshots", "state/builds", "state/logs"] {
+        for dir in ["store/blobs/sha256", "store/.tmp", "cache/steps", "cache/trees", "cache/work", "cache/listings", "cache/stat", "cache/debs", "cache/lists", "cache/git", "cache/snapshots"] {
             fs_err::create_dir_all(self.root.join(dir))?;
+        }
+        for dir in ["builds", "logs"] {
+            fs_err::create_dir_all(self.state(dir))?;
         }
         fs_err::set_permissions(&self.root, std::fs::Permissions::from_mode(0o755))?;
         self.write_atomic(&self.layout().join("oci-layout"), br#"{"imageLayoutVersion":"1.0.0"}"#)?;
@@ -178,7 +187,7 @@ impl Store {
 
     /// A folder of the state.
     pub fn state(&self, name: &str) -> PathBuf {
-        self.root.join("state").join(name)
+        self.state.join(name)
     }
 
     pub fn blob(&self, digest: &Digest) -> PathBuf {
@@ -209,7 +218,8 @@ impl Store {
     /// Puts a small blob.
     pub fn put(&self, bytes: &[u8]) -> Result<Digest> {
         let digest = Digest::of(bytes);
-        if !self.has(&digest, bytes.len() as u64) {
+        // Small enough to compare: a corrupt one of the same size is replaced.
+        if !fs_err::read(self.blob(&digest)).is_ok_and(|there| there == bytes) {
             let mut temp = self.temp()?;
             temp.write_all(bytes).with_context(|| format!("cannot write `{}`", temp.path().display()))?;
             self.adopt(temp, &digest)?;
@@ -314,7 +324,7 @@ impl Store {
 
     /// The key of secrets' HMACs: random per store, readable by its owner only.
     pub fn hmac_key(&self) -> Result<Vec<u8>> {
-        let path = self.root.join("state/hmac.key");
+        let path = self.state("hmac.key");
         match fs_err::read(&path) {
             Ok(key) if key.len() == 32 => return Ok(key),
             Ok(_) => anyhow::bail!(Problem::failed(format!("`{}` is broken", path.display())).hint("remove it; steps with secrets run again")),
@@ -322,7 +332,7 @@ impl Store {
             Err(error) => return Err(error.into()),
         }
         let key: [u8; 32] = rand::random();
-        let mut temp = tempfile::NamedTempFile::new_in(self.root.join("state"))?;
+        let mut temp = tempfile::NamedTempFile::new_in(&self.state)?;
         temp.write_all(&key)?;
         temp.as_file().sync_all()?;
         // Another build may have been first; then its key is the one.
@@ -375,7 +385,7 @@ mod tests {
         assert!(store.untag("a:1").unwrap() && !store.untag("a:1").unwrap());
         assert_eq!(store.tagged("b:1").unwrap().unwrap().digest, digest);
         assert_eq!(store.hmac_key().unwrap(), store.hmac_key().unwrap());
-        assert_eq!(fs_err::metadata(store.root().join("state/hmac.key")).unwrap().mode() & 0o777, 0o600);
+        assert_eq!(fs_err::metadata(store.state("hmac.key")).unwrap().mode() & 0o777, 0o600);
     }
 
     #[test]

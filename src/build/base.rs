@@ -19,7 +19,6 @@ use crate::config::types::{Base, BuilderRef, Configure, Debian, Pipeline};
 use crate::error::Problem;
 use crate::oci::digest::Digest;
 use crate::oci::registry::{BlobSink, Reference, Registry, RegistryOptions};
-use crate::progress::Progress as _;
 
 /// What `ansible-playbook` is in.
 const ANSIBLE: &str = "ansible-core";

@@ -89,6 +89,19 @@ pub struct Copy {
     pub owner: (u32, u32),
 }
 
+/// A fresh volume, with what the image has at its path.
+#[derive(Debug, Serialize, Deserialize)]
+pub struct Volume {
+    /// Made by this.
+    pub dir: PathBuf,
+    /// Layers, bottom first.
+    pub lowers: Vec<PathBuf>,
+    /// Absolute path in the image.
+    pub path: PathBuf,
+    /// As in the image's configuration; the volume is theirs when the image has nothing there.
+    pub user: String,
+}
+
 /// Dispatches a call.
 pub fn call(name: &str, args: Value, note: &dyn Fn(&str)) -> Result<Value> {
     fn parse<T: serde::de::DeserializeOwned>(args: Value) -> Result<T> {
@@ -104,6 +117,7 @@ pub fn call(name: &str, args: Value, note: &dyn Fn(&str)) -> Result<Value> {
         "seed" => answer(seed(&parse(args)?)?),
         "read" => answer(read(&parse(args)?)?),
         "copy" => answer(copy(&parse(args)?)?),
+        "volume" => answer(volume(&parse(args)?)?),
         "remove" => answer(remove(&parse::<PathBuf>(args)?)?),
         "size" => answer(size(&parse::<PathBuf>(args)?)?),
         other => Err(Problem::bug(format!("the unshare process has no function `{other}`")).into()),
@@ -283,6 +297,32 @@ fn copy(args: &Copy) -> Result<()> {
     if !meta.is_symlink() {
         fs_err::set_permissions(&args.to, meta.permissions())?;
         layer::set_mtime(&args.to, meta.mtime())?;
+    }
+    Ok(())
+}
+
+fn volume(args: &Volume) -> Result<()> {
+    let relative = args.path.strip_prefix("/").unwrap_or(&args.path);
+    fs_err::create_dir(&args.dir)?;
+    fs_err::set_permissions(&args.dir, std::fs::Permissions::from_mode(0o755))?;
+    let in_image: Vec<PathBuf> = args.lowers.iter().map(|lower| lower.join(relative)).filter(|path| path.symlink_metadata().is_ok_and(|meta| meta.is_dir())).collect();
+    let Some(top) = in_image.last() else {
+        let (uid, gid) = crate::sandbox::launch::ids(&args.user, &args.lowers)?;
+        return Ok(fs_err::os::unix::fs::chown(&args.dir, Some(uid), Some(gid))?);
+    };
+    let meta = fs_err::metadata(top)?;
+    fs_err::os::unix::fs::chown(&args.dir, Some(meta.uid()), Some(meta.gid()))?;
+    fs_err::set_permissions(&args.dir, meta.permissions())?;
+    for lower in &in_image {
+        for entry in fs_err::read_dir(lower)? {
+            let entry = entry?;
+            let from = entry.path();
+            if from.symlink_metadata()?.file_type().is_char_device() {
+                continue;
+            }
+            let status = Cmd::new("cp").args(["-a", "--"]).arg(&from).arg(&args.dir).output()?;
+            anyhow::ensure!(status.status.success(), "cannot copy `{}` into a volume: {}", from.display(), String::from_utf8_lossy(&status.stderr));
+        }
     }
     Ok(())
 }

@@ -14,10 +14,13 @@ pub mod image;
 pub mod inside;
 pub mod lock;
 pub mod plan;
+pub mod prune;
 pub mod record;
 pub mod secret;
 pub mod source;
+pub mod run;
 pub mod steps;
+pub mod update;
 pub mod verify;
 pub mod work;
 
@@ -177,20 +180,40 @@ pub struct BuiltStepSummary {
 /// Reads everything a build of `pipeline` depends on. Resolves what the lock does not hold, and
 /// then writes the lock.
 pub fn prepare(build: &Build<'_>, pipeline: &Pipeline, locked: bool) -> Result<Prepared> {
-    let builder = Builder::load(&pipeline.runtime.builder)?;
-    let image_builder = matches!(pipeline.runtime.builder, BuilderRef::Image(_));
-    check_suite(pipeline, builder.as_ref())?;
     let mut lock = lock::load(&pipeline.dir)?.unwrap_or_default();
     let before = lock.clone();
     let base_image = base::image_of(build, pipeline, &mut lock, locked, false)?;
+    let mut prepared = prepare_unresolved(pipeline, lock, base_image)?;
+    resolve_sets(build, &mut prepared, locked)?;
+    if prepared.lock != before {
+        lock::save(&pipeline.dir, &prepared.lock)?;
+        build.progress.note(format!("wrote `{}`; commit it, so that every build is of the same packages", lock::FILE_NAME));
+    }
+    if prepared.builder.is_some() || prepared.image_builder {
+        read_source(build, &mut prepared)?;
+    }
+    read_configure(&mut prepared)?;
+    prepared.secrets = secret::read(&pipeline.build.secrets, &|name| build.host.variables.get(name).cloned())?;
+    if !prepared.secrets.is_empty() {
+        let key = build.store.hmac_key()?;
+        prepared.fingerprints =
+            prepared.secrets.iter().map(|value| Ok((value.id.clone(), secret::fingerprint(&key, value)?))).collect::<Result<_>>()?;
+    }
+    Ok(prepared)
+}
+
+/// What is known of a build before its packages are: no sets, no source.
+fn prepare_unresolved(pipeline: &Pipeline, lock: lock::Lock, base_image: Option<BaseImage>) -> Result<Prepared> {
+    let builder = Builder::load(&pipeline.runtime.builder)?;
+    check_suite(pipeline, builder.as_ref())?;
     let tar = match &pipeline.base {
         Base::Tar { file, .. } if base_image.is_none() => Some(Digest::of_reader(fs_err::File::open(file)?)?.0),
         _ => None,
     };
-    let mut prepared = Prepared {
+    Ok(Prepared {
         pipeline: pipeline.clone(),
         builder,
-        image_builder,
+        image_builder: matches!(pipeline.runtime.builder, BuilderRef::Image(_)),
         lock,
         requests: Vec::new(),
         base_image,
@@ -204,23 +227,7 @@ pub fn prepare(build: &Build<'_>, pipeline: &Pipeline, locked: bool) -> Result<P
         fingerprints: Vec::new(),
         configure: Vec::new(),
         source_epoch: plan::FIXED_EPOCH,
-    };
-    resolve_sets(build, &mut prepared, locked)?;
-    if prepared.lock != before {
-        lock::save(&pipeline.dir, &prepared.lock)?;
-        build.progress.note(format!("wrote `{}`; commit it, so that every build is of the same packages", lock::FILE_NAME));
-    }
-    if prepared.builder.is_some() || image_builder {
-        read_source(build, &mut prepared)?;
-    }
-    read_configure(&mut prepared)?;
-    prepared.secrets = secret::read(&pipeline.build.secrets, &|name| build.host.variables.get(name).cloned())?;
-    if !prepared.secrets.is_empty() {
-        let key = build.store.hmac_key()?;
-        prepared.fingerprints =
-            prepared.secrets.iter().map(|value| Ok((value.id.clone(), secret::fingerprint(&key, value)?))).collect::<Result<_>>()?;
-    }
-    Ok(prepared)
+    })
 }
 
 /// A builder says which Debian suites it was made for.
@@ -234,8 +241,9 @@ fn check_suite(pipeline: &Pipeline, builder: Option<&Builder>) -> Result<()> {
     Ok(())
 }
 
-/// The package sets: from the lock, or resolved now.
-fn resolve_sets(build: &Build<'_>, prepared: &mut Prepared, locked: bool) -> Result<()> {
+/// Works out what package sets are asked for. Answers the dpkg status of an image base where it
+/// had to be read for that, else nothing.
+fn read_requests(build: &Build<'_>, prepared: &mut Prepared) -> Result<String> {
     let meta = prepared.builder.as_ref().map(|builder| builder.meta.clone());
     let pipeline = prepared.pipeline.clone();
     let mut installed = String::new();
@@ -254,6 +262,13 @@ fn resolve_sets(build: &Build<'_>, prepared: &mut Prepared, locked: bool) -> Res
         on_image = Some((digest, suite));
     }
     prepared.requests = base::requests(&pipeline, meta.as_ref(), on_image.as_ref().map(|(digest, suite)| (digest, suite.as_str())));
+    Ok(installed)
+}
+
+/// The package sets: from the lock, or resolved now.
+fn resolve_sets(build: &Build<'_>, prepared: &mut Prepared, locked: bool) -> Result<()> {
+    let mut installed = read_requests(build, prepared)?;
+    let on_image = !matches!(prepared.pipeline.base, Base::Debian(_));
     for wanted in prepared.requests.clone() {
         let key = wanted.request.key();
         if prepared.lock.sets.contains_key(&key) {
@@ -262,10 +277,10 @@ fn resolve_sets(build: &Build<'_>, prepared: &mut Prepared, locked: bool) -> Res
         if locked {
             return Err(base::not_locked(&format!("the package set of step `{}`", wanted.step)).into());
         }
-        if on_image.is_some() && installed.is_empty() {
+        if on_image && installed.is_empty() {
             installed = read_base_image(build, prepared)?.0;
         }
-        let set = base::resolve(build, &pipeline, &wanted.request, &base::below(&prepared.lock, &wanted.request), &installed)?;
+        let set = base::resolve(build, &prepared.pipeline, &wanted.request, &base::below(&prepared.lock, &wanted.request), &installed)?;
         prepared.lock.sets.insert(key, set);
     }
     Ok(())

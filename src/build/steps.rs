@@ -315,7 +315,9 @@ impl Runner<'_> {
         }
         Ok(RunSpec {
             lowers: lowers.to_vec(),
-            upper: Some(place.upper.clone()),
+            upper: place.upper.clone(),
+            read_only: false,
+            program: false,
             work: place.scratch.clone(),
             mounts: vec![Mount::Bind { source: place.tmp.clone(), target: "/tmp".into(), writable: true }],
             secrets,

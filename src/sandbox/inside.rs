@@ -172,6 +172,7 @@ fn serve(channel: &Channel, calls: &Calls) -> Result<()> {
             Request::Run(spec) => launch::run(&spec, channel, fds).map(Event::Exited),
             // Meant for a command that has ended meanwhile.
             Request::Signal(_) => continue,
+            Request::Check { .. } => Ok(Event::Checked(false)),
             Request::Connect { .. } => Ok(Event::Refused("nothing runs".into())),
         };
         channel.send(&answer.unwrap_or_else(|error| Event::Failed(Failure::of(&error))), &[])?;

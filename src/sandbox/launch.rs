@@ -39,7 +39,7 @@ pub fn run(spec: &RunSpec, channel: &Channel, stdio: Vec<OwnedFd>) -> Result<Exi
     let mounted = Mounted::mount(spec)?;
     let group = Group::make(&spec.limits, std::process::id());
     let user = User::resolve(&spec.user, &mounted.root)?;
-    let command = if user.uid == 0 && user.gid == 0 { bubblewrap(spec, &mounted) } else { runc(spec, &mounted, &user)? };
+    let command = if user.uid == 0 && user.gid == 0 && !spec.program { bubblewrap(spec, &mounted) } else { runc(spec, &mounted, &user)? };
     let mut child = spawn(spec, command, stdio, group)?;
     follow(spec, channel, &mut child)
 }
@@ -56,7 +56,7 @@ impl Mounted {
         fs_err::create_dir_all(&root)?;
         let mut mounted = Self { root: root.clone(), points: Vec::new() };
         let scratch = spec.work.join("overlay");
-        mounted.overlay(&spec.lowers, spec.upper.as_deref(), &scratch, &root)?;
+        mounted.overlay(&spec.lowers, Some(&spec.upper), &scratch, &root)?;
         let secrets = spec.work.join("secrets");
         if !spec.secrets.is_empty() {
             fs_err::create_dir_all(&secrets)?;
@@ -194,11 +194,17 @@ fn program(name: &str) -> PathBuf {
     crate::cmd::find(name, &path).unwrap_or_else(|| name.into())
 }
 
+/// User and group id of an image's user, by the topmost /etc/passwd of its layers (bottom first).
+pub fn ids(user: &str, lowers: &[PathBuf]) -> Result<(u32, u32)> {
+    let root = lowers.iter().rev().find(|lower| lower.join("etc/passwd").is_file()).cloned().unwrap_or_default();
+    User::resolve(user, &root).map(|user| (user.uid, user.gid))
+}
+
 fn bubblewrap(spec: &RunSpec, mounted: &Mounted) -> Cmd {
     let mut cmd = Cmd::new(program("bwrap")).env_clear();
-    cmd = cmd.arg(if spec.upper.is_some() { "--bind" } else { "--ro-bind" }).arg(&mounted.root).arg("/");
+    cmd = cmd.arg("--bind").arg(&mounted.root).arg("/");
     cmd = cmd.args(["--dev", "/dev", "--proc", "/proc", "--perms", "0755", "--tmpfs", "/run"]);
-    if spec.upper.is_none() {
+    if spec.read_only {
         cmd = cmd.args(["--perms", "1777", "--tmpfs", "/tmp"]);
     }
     for mount in &spec.mounts {
@@ -210,6 +216,9 @@ fn bubblewrap(spec: &RunSpec, mounted: &Mounted) -> Cmd {
     }
     if !spec.secrets.is_empty() {
         cmd = cmd.arg("--ro-bind").arg(spec.work.join("secrets")).arg("/run/secrets");
+    }
+    if spec.read_only {
+        cmd = cmd.args(["--remount-ro", "/"]);
     }
     cmd = cmd.args(["--unshare-pid", "--unshare-ipc", "--unshare-uts", "--hostname", "pipeline", "--die-with-parent", "--cap-drop", "ALL"]);
     for capability in CAPABILITIES {
@@ -245,7 +254,7 @@ fn runc(spec: &RunSpec, mounted: &Mounted, user: &User) -> Result<Cmd> {
         json!({"destination": "/dev/shm", "type": "tmpfs", "source": "shm", "options": ["nosuid", "noexec", "nodev", "mode=1777", "size=65536k"]}),
         json!({"destination": "/run", "type": "tmpfs", "source": "tmpfs", "options": ["nosuid", "nodev", "mode=0755", "size=65536k"]}),
     ];
-    if spec.upper.is_none() {
+    if spec.read_only {
         mounts.push(json!({"destination": "/tmp", "type": "tmpfs", "source": "tmpfs", "options": ["nosuid", "nodev", "mode=1777"]}));
     }
     for mount in &spec.mounts {
@@ -273,15 +282,16 @@ fn runc(spec: &RunSpec, mounted: &Mounted, user: &User) -> Result<Cmd> {
     if spec.network == Network::None {
         namespaces.push(json!({"type": "network"}));
     }
+    let held: &[&str] = if user.uid == 0 { &CAPABILITIES } else { &[] };
     let config = json!({
         "ociVersion": "1.0.2",
         "process": {
             "terminal": false,
             "user": {"uid": user.uid, "gid": user.gid, "additionalGids": user.groups},
             "args": spec.argv, "env": env, "cwd": spec.cwd, "noNewPrivileges": true,
-            "capabilities": {"bounding": CAPABILITIES, "effective": [], "inheritable": [], "permitted": [], "ambient": []},
+            "capabilities": {"bounding": CAPABILITIES, "effective": held, "inheritable": [], "permitted": held, "ambient": []},
         },
-        "root": {"path": mounted.root, "readonly": spec.upper.is_none()},
+        "root": {"path": mounted.root, "readonly": spec.read_only},
         "hostname": "pipeline",
         "mounts": mounts,
         "linux": {
@@ -372,7 +382,7 @@ fn follow(spec: &RunSpec, channel: &Channel, running: &mut Running) -> Result<Ex
             }
         }
         if ready_channel {
-            control(channel, running)?;
+            control(spec, channel, running)?;
         }
         if ready_exit {
             ended = true;
@@ -408,7 +418,7 @@ fn reap() {
     while let Ok(Some(_)) = rustix::process::waitpid(None, rustix::process::WaitOptions::NOHANG) {}
 }
 
-fn control(channel: &Channel, running: &mut Running) -> Result<()> {
+fn control(spec: &RunSpec, channel: &Channel, running: &mut Running) -> Result<()> {
     let Some(frame) = channel.receive()? else {
         kill_tree(running);
         anyhow::bail!("the parent is gone");
@@ -428,6 +438,12 @@ fn control(channel: &Channel, running: &mut Running) -> Result<()> {
                 Ok(stream) => channel.send(&Event::Connected, &[stream.as_fd()])?,
                 Err(error) => channel.send(&Event::Refused(error.to_string()), &[])?,
             }
+        }
+        Request::Check { argv } => {
+            let state = spec.work.join("runc");
+            let check = Cmd::new(program("runc")).env_clear().env("PATH", "/usr/sbin:/usr/bin:/sbin:/bin").arg("--root").arg(state).args(["exec", "pipeline"]).args(argv);
+            let good = check.output().is_ok_and(|output| output.status.success());
+            channel.send(&Event::Checked(good), &[])?;
         }
         Request::Run(_) | Request::Call { .. } => channel.send(&Event::Note("busy".into()), &[])?,
     }

@@ -36,6 +36,21 @@ pub const VERB: &str = "__unshare";
 /// Ids in a full map: what Debian images use, and what `useradd` hands out.
 pub const IDS: u32 = 65_536;
 
+/// Unshare processes that run, for [`interrupt`].
+static RUNNING: Mutex<Vec<u32>> = Mutex::new(Vec::new());
+
+/// Kills every unshare process of this program with everything in it: what a step is doing ends
+/// at once, and the flow gets an error. For a caller that was asked to stop.
+pub fn interrupt() {
+    if let Ok(running) = RUNNING.lock() {
+        for pid in running.iter() {
+            if let Some(pid) = i32::try_from(*pid).ok().and_then(rustix::process::Pid::from_raw) {
+                let _ = rustix::process::kill_process(pid, rustix::process::Signal::KILL);
+            }
+        }
+    }
+}
+
 /// Who starts a session, and with what.
 #[derive(Debug, Clone)]
 pub struct Options {
@@ -75,6 +90,9 @@ impl Session {
         let child = command.spawn().context("cannot start the unshare process")?;
         drop(command);
         let pid = child.id();
+        if let Ok(mut running) = RUNNING.lock() {
+            running.push(pid);
+        }
         let session = Self { channel: Channel(ours), child: Mutex::new(Some(child)) };
         session.wait_done().map_err(|error| match crate::error::exit_code(&error) {
             70 => error,
@@ -145,6 +163,11 @@ impl Session {
         self.channel.send(&Request::Connect { port }, &[])
     }
 
+    /// Asks for a command to be run beside the program.
+    pub fn check(&self, argv: &[String]) -> Result<()> {
+        self.channel.send(&Request::Check { argv: argv.to_vec() }, &[])
+    }
+
     /// The socket, for polling.
     pub fn as_fd(&self) -> BorrowedFd<'_> {
         self.channel.0.as_fd()
@@ -157,6 +180,9 @@ impl Session {
         {
             let _ = child.kill();
             let _ = child.wait();
+            if let Ok(mut running) = RUNNING.lock() {
+                running.retain(|pid| *pid != child.id());
+            }
         }
     }
 
@@ -237,6 +263,11 @@ pub fn subordinate_range(text: &str, user: &str, uid: u32) -> Option<(u32, u32)>
         let count: u32 = fields.next()?.parse().ok()?;
         ((owner == user || owner == uid.to_string()) && count >= IDS - 1).then_some((start, count))
     })
+}
+
+/// The name of a user, when /etc/passwd has one.
+pub fn user_name_of(uid: u32) -> Option<String> {
+    Some(user_name(uid, Path::new("/etc/passwd"))).filter(|name| *name != uid.to_string())
 }
 
 fn user_name(uid: u32, passwd: &Path) -> String {

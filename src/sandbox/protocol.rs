@@ -35,6 +35,8 @@ pub enum Request {
     Call { name: String, args: Value },
     /// Send a signal to the command that runs.
     Signal(i32),
+    /// Run a command beside the program that runs; answered by [`Event::Checked`].
+    Check { argv: Vec<String> },
     /// Connect to a loopback port of the namespace; answered by [`Event::Connected`] or [`Event::Refused`].
     Connect { port: u16 },
 }
@@ -48,6 +50,8 @@ pub enum Event {
     /// Carries the connected socket.
     Connected,
     Refused(String),
+    /// Whether the command of [`Request::Check`] exited with 0.
+    Checked(bool),
     /// Something to tell the user while a request runs.
     Note(String),
 }
@@ -118,8 +122,12 @@ impl Failure {
 pub struct RunSpec {
     /// Layers, bottom first. Each is a folder of its own.
     pub lowers: Vec<PathBuf>,
-    /// Where changes go; none: the tree is read-only.
-    pub upper: Option<PathBuf>,
+    /// Where changes go, mount points that are missing among them.
+    pub upper: PathBuf,
+    /// Whether the command itself sees a read-only tree.
+    pub read_only: bool,
+    /// Run by runc whoever the user is: it forwards signals to the program and runs checks beside it.
+    pub program: bool,
     /// An empty folder on the file system of `upper` for what overlayfs needs.
     pub work: PathBuf,
     pub mounts: Vec<Mount>,

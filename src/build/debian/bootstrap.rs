@@ -31,10 +31,12 @@ pub fn bootstrap(repo: &Path, root: &Path, temporary: &Path, set: &Set, epoch: i
     };
     let include = set.packages.iter().map(|package| package.name.as_str()).collect::<Vec<_>>().join(",");
     let mut line: Vec<String> =
-        ["env", "-i", "LC_ALL=C.UTF-8", "TZ=UTC", "HOME=/root", "DEBIAN_FRONTEND=noninteractive"].map(Into::into).into();
+        ["env", "-i", "LC_ALL=C.UTF-8", "TZ=UTC", "HOME=/", "DEBIAN_FRONTEND=noninteractive"].map(Into::into).into();
     line.push(format!("PATH={PATH}"));
     line.push(format!("TMPDIR={}", text(temporary)?));
     line.push(format!("SOURCE_DATE_EPOCH={epoch}"));
+    // Byte code depends on the order its sources are compiled in, which is that of a set.
+    line.push("PYTHONHASHSEED=0".into());
     line.extend(["mmdebstrap", "--mode=root", "--format=directory", "--variant=apt"].map(Into::into));
     line.push(format!("--architectures={}", super::ARCHITECTURE));
     line.push(format!("--include={include}"));
@@ -84,6 +86,8 @@ pub fn install_script(set: &Set, repo: &str) -> Result<String> {
 const INSTALL: &str = r#"set -eu
 export LC_ALL=C.UTF-8 TZ=UTC HOME=/root PATH=@PATH@
 export DEBIAN_FRONTEND=noninteractive DEBCONF_NONINTERACTIVE_SEEN=true DEBCONF_NOWARNINGS=yes
+# Byte code depends on the order its sources are compiled in, which is that of a set.
+export PYTHONHASHSEED=0
 umask 022
 if ! command -v apt-get >/dev/null; then
   echo "there is no apt in this tree, so no packages can be installed" >&2
@@ -129,11 +133,12 @@ mod tests {
             "-i",
             "LC_ALL=C.UTF-8",
             "TZ=UTC",
-            "HOME=/root",
+            "HOME=/",
             "DEBIAN_FRONTEND=noninteractive",
             "PATH=/usr/local/sbin:/usr/local/bin:/usr/sbin:/usr/bin:/sbin:/bin",
             "TMPDIR=/c/tmp",
             "SOURCE_DATE_EPOCH=1700000000",
+            "PYTHONHASHSEED=0",
             "mmdebstrap",
             "--mode=root",
             "--format=directory",

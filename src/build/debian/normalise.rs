@@ -7,6 +7,7 @@
 //! layer has too lets that one show, which went through the same list. Symbolic links are never
 //! followed.
 
+use std::io::Read as _;
 use std::os::unix::fs::{FileTypeExt as _, MetadataExt as _};
 use std::path::Path;
 
@@ -22,6 +23,9 @@ pub enum Origin {
     /// A tree made by [`super::bootstrap::bootstrap`].
     Bootstrap,
 }
+
+/// Bytes [`Action::RemoveWhen`] looks at.
+const HEAD: u64 = 16;
 
 /// One line of the list.
 #[derive(Debug, Clone, Copy)]
@@ -48,15 +52,15 @@ pub enum Action {
     RemoveLinkTo(&'static str),
     /// A regular file is made empty; its mode and owner stay.
     Empty,
-    /// The bytes of a regular file go through a function; `None` leaves them.
-    Rewrite(fn(&[u8]) -> Option<Vec<u8>>),
+    /// Removed when it is a regular file whose first [`HEAD`] bytes are such.
+    RemoveWhen(fn(&[u8]) -> bool),
 }
 
 const fn rule(from: Origin, pattern: &'static str, action: Action, reason: &'static str) -> Rule {
     Rule { pattern, action, from, reason }
 }
 
-use Action::{Empty, Keep, Remove, RemoveFile, RemoveLinkTo, Rewrite};
+use Action::{Empty, Keep, Remove, RemoveFile, RemoveLinkTo, RemoveWhen};
 use Origin::{Bootstrap, Packages, Step};
 
 /// The list.
@@ -104,13 +108,18 @@ pub const RULES: &[Rule] = &[
     rule(Packages, "var/cache/apt/*.bin", Remove, "apt's cache: addresses and dates"),
     rule(Packages, "var/cache/apt/*.bin.*", Remove, "apt's cache, half written"),
     rule(Step, "var/cache/ldconfig/aux-cache", Remove, "inodes and dates of libraries"),
-    rule(Packages, "var/cache/man/**", RemoveFile, "mandb's index: dates"),
+    rule(Packages, "var/cache/man/*", Remove, "mandb's index: dates"),
     rule(Packages, "var/cache/fontconfig/*", Remove, "named and filled by dates of folders"),
     rule(Packages, "var/cache/debconf/*-old", Remove, "state before the last package, by order of installation"),
+    rule(Packages, "var/cache/debconf/tmp.ci", Remove, "made by the debconf of the building machine"),
     rule(Packages, "var/cache/dictionaries-common/*.db-old", Remove, "state before the last package"),
-    rule(Packages, "**/__pycache__", Remove, "byte code: holds dates of the sources, and an order of objects of the day"),
-    rule(Packages, "**/*.pyc", RemoveFile, "byte code, as above"),
-    rule(Packages, "**/*.pyo", RemoveFile, "byte code, as above"),
+    rule(
+        Packages,
+        "**/*.pyc",
+        RemoveWhen(is_dated),
+        "byte code tied to dates of sources; tied to their hash it is the same each time",
+    ),
+    rule(Packages, "**/*.pyo", RemoveFile, "byte code of Python 2, always tied to dates"),
     // Backups and locks of what wrote the real file.
     rule(Packages, "var/lib/dpkg/*-old", Remove, "state before the last package, by order of installation"),
     rule(Packages, "var/lib/dpkg/lock*", Remove, "lock"),
@@ -123,7 +132,6 @@ pub const RULES: &[Rule] = &[
     rule(Packages, "etc/subuid-", Remove, "state before the last user"),
     rule(Packages, "etc/subgid-", Remove, "state before the last user"),
     rule(Packages, "etc/.pwd.lock", Remove, "lock"),
-    rule(Packages, "etc/shadow", Rewrite(without_today), "a password locked from the start has no day of its last change"),
     // Of kernels.
     rule(Packages, "boot/initrd.img-*", Remove, "dates, and the building machine's modules; a host brings its own"),
     rule(Packages, "initrd.img", RemoveLinkTo(""), "points at the above"),
@@ -196,47 +204,40 @@ fn act(path: &Path, kind: std::fs::FileType, action: Action) -> Result<bool> {
         Empty if kind.is_file() => {
             let empty = fs_err::symlink_metadata(path)?.len() == 0;
             if !empty {
-                replace(path, b"")?;
+                truncate(path)?;
             }
             Ok(!empty)
         }
-        Rewrite(function) if kind.is_file() => match function(&fs_err::read(path)?) {
-            Some(bytes) => replace(path, &bytes).map(|()| true),
-            None => Ok(false),
-        },
-        RemoveFile | RemoveLinkTo(_) | Empty | Rewrite(_) => Ok(false),
+        RemoveWhen(is_such) if kind.is_file() => {
+            let mut head = Vec::new();
+            fs_err::File::open(path)?.take(HEAD).read_to_end(&mut head)?;
+            let fits = is_such(&head);
+            if fits {
+                fs_err::remove_file(path)?;
+            }
+            Ok(fits)
+        }
+        RemoveFile | RemoveLinkTo(_) | RemoveWhen(_) | Empty => Ok(false),
     }
 }
 
-/// New bytes in the same file: owner, mode and xattrs stay. A file without write permission
-/// (machine-id is 0444) can be written by its namespace's root; as another user its mode is lent.
-fn replace(path: &Path, bytes: &[u8]) -> Result<()> {
+/// Makes a file empty; owner, mode and xattrs stay. The namespace's root may write a file without
+/// write permission (machine-id is 0444); for another user the mode is lent.
+fn truncate(path: &Path) -> Result<()> {
     let permissions = fs_err::symlink_metadata(path)?.permissions();
-    let locked = permissions.readonly();
-    if locked {
-        let mut writable = permissions.clone();
-        std::os::unix::fs::PermissionsExt::set_mode(&mut writable, 0o600);
-        fs_err::set_permissions(path, writable)?;
+    if permissions.readonly() {
+        fs_err::set_permissions(path, std::os::unix::fs::PermissionsExt::from_mode(0o600))?;
     }
-    fs_err::write(path, bytes)?;
-    // Also when it was not locked: writing takes setuid and setgid away.
+    fs_err::File::options().write(true).truncate(true).open(path)?;
+    // Also when it was writable: writing takes setuid and setgid away.
     fs_err::set_permissions(path, permissions)?;
     Ok(())
 }
 
-/// `/etc/shadow` with the day of the last change taken out of entries that never had a password
-/// (`*`, `!`, `!*`): useradd and passwd honour `SOURCE_DATE_EPOCH`, systemd-sysusers and adduser
-/// of some versions write today.
-fn without_today(text: &[u8]) -> Option<Vec<u8>> {
-    let lines = text.split(|&byte| byte == b'\n').map(|line| {
-        let mut fields: Vec<&[u8]> = line.split(|&byte| byte == b':').collect();
-        if fields.len() == 9 && matches!(fields[1], b"*" | b"!" | b"!*" | b"!!") {
-            fields[2] = b"";
-        }
-        fields.join(&b':')
-    });
-    let new = lines.collect::<Vec<_>>().join(&b'\n');
-    (new != text).then_some(new)
+/// Whether byte code is tied to the date of its source: bit 0 of the flags after the magic number
+/// is clear (PEP 552). Under `SOURCE_DATE_EPOCH` Python ties it to the source's hash instead.
+fn is_dated(head: &[u8]) -> bool {
+    head.get(4..8).is_none_or(|flags| flags[0] & 1 == 0)
 }
 
 /// Whether a pattern's parts fit a path's.
@@ -301,12 +302,12 @@ mod tests {
         ("etc/machine-id", "0123"),
         ("etc/passwd", "root"),
         ("etc/passwd-", "old"),
-        ("etc/shadow", "root:*:20000:0:99999:7:::\nme:$y$x:20001:0:99999:7:::\nshort\n"),
         ("etc/ssh/ssh_host_rsa_key", "key"),
         ("etc/ssh/sshd_config", "Port 22"),
         ("run/lock/keep", "x"),
         ("run/x/y", "x"),
-        ("usr/lib/python3/__pycache__/a.pyc", "code"),
+        ("usr/lib/python3/__pycache__/a.pyc", "\u{3}\r\r\n\0\0\0\0dated"),
+        ("usr/lib/python3/__pycache__/b.pyc", "\u{3}\r\r\n\u{3}\0\0\0hashed"),
         ("usr/lib/python3/a.py", "pass"),
         ("var/cache/apt/pkgcache.bin", "x"),
         ("var/log/apt/history.log", "x"),
@@ -321,15 +322,14 @@ mod tests {
             ("run/lock/keep", "x"),
             ("usr/lib/python3/a.py", "pass"),
             ("etc/machine-id", ""),
+            ("usr/lib/python3/__pycache__/b.pyc", "\u{3}\r\r\n\u{3}\0\0\0hashed"),
+            ("var/log/nginx/error.log", ""),
         ];
-        let normal =
-            [("etc/shadow", "root:*::0:99999:7:::\nme:$y$x:20001:0:99999:7:::\nshort\n"), ("var/log/nginx/error.log", "")];
-        let packages: Vec<_> = stays.iter().chain(&normal).chain(&[("etc/hostname", "build")]).copied().collect();
-        let bootstrap: Vec<_> = stays.iter().chain(&normal).copied().collect();
+        let packages: Vec<_> = stays.iter().chain(&[("etc/hostname", "build")]).copied().collect();
         let mut step = FILES.to_vec();
         step.retain(|(path, _)| *path != "run/x/y");
         step.iter_mut().find(|(path, _)| *path == "etc/machine-id").unwrap().1 = "";
-        for (origin, expected) in [(Step, step), (Packages, packages), (Bootstrap, bootstrap)] {
+        for (origin, expected) in [(Step, step), (Packages, packages), (Bootstrap, stays.to_vec())] {
             let dir = tempfile::tempdir().unwrap();
             make(dir.path(), &FILES);
             fs_err::set_permissions(dir.path().join("etc/machine-id"), std::fs::Permissions::from_mode(0o444)).unwrap();

@@ -179,11 +179,20 @@ impl WorkTree {
 
     /// The text of `info/exclude`, which work trees of one repository share.
     fn exclude(&self) -> Vec<u8> {
-        let common = match fs_err::read(self.git_dir.join("commondir")) {
+        fs_err::read(self.common_dir().join("info/exclude")).unwrap_or_default()
+    }
+
+    /// What this work tree has for itself: `HEAD`, `index`.
+    pub fn git_dir(&self) -> &Path {
+        &self.git_dir
+    }
+
+    /// What the work trees of a repository share: objects, references, configuration.
+    pub fn common_dir(&self) -> PathBuf {
+        match fs_err::read(self.git_dir.join("commondir")) {
             Ok(text) => self.git_dir.join(as_path(text.trim_ascii())),
             Err(_) => self.git_dir.clone(),
-        };
-        fs_err::read(common.join("info/exclude")).unwrap_or_default()
+        }
     }
 }
 

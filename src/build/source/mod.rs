@@ -11,3 +11,5 @@ mod ignored;
 pub mod listing;
 pub mod scan;
 pub mod snapshot;
+#[cfg(test)]
+mod testing;

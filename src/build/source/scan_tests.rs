@@ -6,6 +6,7 @@ use std::os::unix::fs::{FileExt as _, MetadataExt as _, PermissionsExt as _, sym
 use std::path::PathBuf;
 
 use super::super::listing::{What, changes};
+use super::super::testing::git;
 use super::*;
 use crate::cmd::Cmd;
 
@@ -72,13 +73,6 @@ impl Source {
 
 fn paths(listing: &Listing) -> Vec<String> {
     listing.entries.iter().map(Entry::name).collect()
-}
-
-fn git(dir: &Path, args: &[&str]) {
-    let config = ["-c", "user.name=T", "-c", "user.email=t@example.org", "-c", "init.defaultBranch=main", "-c", "protocol.file.allow=always"];
-    let env = [("GIT_CONFIG_GLOBAL", "/dev/null"), ("GIT_CONFIG_NOSYSTEM", "1")];
-    let cmd = Cmd::new("git").args(config).args(args).dir(dir);
-    env.iter().fold(cmd, |cmd, (key, value)| cmd.env(key, value)).run().unwrap();
 }
 
 #[test]

@@ -1,0 +1,149 @@
+//! What of the store nothing needs any more.
+//!
+//! Kept: everything reachable from tags, the images of each pipeline's last builds, the step
+//! records that lead to a kept layer or were part of a remembered build, and with them trees,
+//! packages and listings. [`plan`] is pure of side effects; [`apply`] removes what it names,
+//! except what somebody holds at that moment.
+
+use std::collections::{BTreeMap, BTreeSet};
+use std::path::{Path, PathBuf};
+
+use anyhow::Result;
+use serde::Serialize;
+
+use super::record;
+use super::{Build, lock};
+use crate::artifact::image;
+use crate::artifact::store::{Hold, Lock, Store};
+use crate::error::Problem;
+use crate::oci::digest::Digest;
+
+/// One thing that can go.
+#[derive(Debug, Clone, PartialEq, Eq, Serialize)]
+pub struct Unneeded {
+    /// `blob`, `tree`, `step`, `package`, `source`, `log`.
+    pub kind: &'static str,
+    pub path: PathBuf,
+    /// Bytes on disk, as far as they can be read.
+    pub bytes: u64,
+}
+
+/// The answer of `artifact prune`.
+#[derive(Debug, Clone, PartialEq, Eq, Serialize)]
+pub struct Pruned {
+    pub schema: u32,
+    pub dry_run: bool,
+    pub unneeded: Vec<Unneeded>,
+    pub bytes: u64,
+    /// Trees that a build or a program holds right now.
+    pub in_use: Vec<PathBuf>,
+}
+
+/// What can go when the last `keep` builds of each pipeline stay.
+pub fn plan(store: &Store, keep: usize, locks: &[lock::Lock]) -> Result<Vec<Unneeded>> {
+    let mut blobs: BTreeSet<Digest> = BTreeSet::new();
+    let mut diff_ids: BTreeSet<Digest> = BTreeSet::new();
+    let mut roots: BTreeSet<Digest> = store.index()?.manifests.iter().map(|descriptor| descriptor.digest).collect();
+    let mut keys: BTreeSet<Digest> = BTreeSet::new();
+    let mut listings: BTreeSet<String> = BTreeSet::new();
+    for entry in fs_err::read_dir(store.state("builds"))? {
+        let path = entry?.path();
+        let Some(name) = path.file_stem().map(|name| name.to_string_lossy().into_owned()) else { continue };
+        for build in record::builds(store, &name)?.iter().rev().take(keep.max(1)) {
+            roots.insert(build.digest);
+            keys.extend(build.steps.iter().map(|step| step.key));
+            listings.extend(build.steps.iter().flat_map(|step| &step.ingredients).filter(|i| i.listing).filter_map(|i| Some(i.value.parse::<Digest>().ok()?.hex())));
+        }
+    }
+    for root in &roots {
+        // A root that was never pulled whole keeps what is there of it.
+        blobs.insert(*root);
+        if let Ok((manifest, config)) = image::read(store, root) {
+            blobs.insert(manifest.config.digest);
+            blobs.extend(manifest.layers.iter().map(|layer| layer.digest));
+            diff_ids.extend(config.rootfs.diff_ids);
+        }
+    }
+    let mut kept_records = BTreeSet::new();
+    for record in record::all(store)? {
+        let reachable = !record.layers.is_empty() && record.layers.iter().all(|layer| blobs.contains(&layer.descriptor.digest));
+        if keys.contains(&record.key) || reachable {
+            blobs.extend(record.layers.iter().map(|layer| layer.descriptor.digest));
+            diff_ids.extend(record.layers.iter().map(|layer| layer.diff_id));
+            kept_records.insert(record.key.hex());
+        }
+    }
+    let packages: BTreeSet<String> = locks.iter().flat_map(|lock| lock.sets.values()).flat_map(|set| &set.packages).map(|package| package.sha256.hex()).collect();
+    let hexes = |digests: &BTreeSet<Digest>| -> BTreeSet<String> { digests.iter().map(Digest::hex).collect() };
+    let (blobs, trees) = (hexes(&blobs), hexes(&diff_ids));
+    let mut unneeded = Vec::new();
+    collect(&mut unneeded, "blob", &store.layout().join("blobs/sha256"), &|name| blobs.contains(name))?;
+    collect(&mut unneeded, "tree", &store.cache("trees"), &|name| name.starts_with('.') || trees.contains(name.trim_end_matches(".lock")))?;
+    collect(&mut unneeded, "step", &store.cache("steps"), &|name| name.starts_with('.') || kept_records.contains(name.split('.').next().unwrap_or(name)))?;
+    collect(&mut unneeded, "source", &store.cache("listings"), &|name| name.starts_with("pulled-") || listings.contains(name))?;
+    collect(&mut unneeded, "package", &store.cache("debs"), &|name| !is_package(name) || packages.contains(name.split('.').next().unwrap_or(name)))?;
+    Ok(unneeded)
+}
+
+/// `HEX.deb` and what was read out of it; not apt's own folders.
+fn is_package(name: &str) -> bool {
+    name.split_once('.').is_some_and(|(hex, _)| hex.len() == 64 && hex.bytes().all(|byte| byte.is_ascii_hexdigit()))
+}
+
+fn collect(unneeded: &mut Vec<Unneeded>, kind: &'static str, dir: &Path, is_kept: &dyn Fn(&str) -> bool) -> Result<()> {
+    let mut rows = BTreeMap::new();
+    for entry in fs_err::read_dir(dir)? {
+        let entry = entry?;
+        let name = entry.file_name().to_string_lossy().into_owned();
+        if !is_kept(&name) {
+            rows.insert(name, Unneeded { kind, path: entry.path(), bytes: entry.metadata().map(|meta| if meta.is_file() { meta.len() } else { 0 }).unwrap_or(0) });
+        }
+    }
+    unneeded.extend(rows.into_values());
+    Ok(())
+}
+
+/// Removes what nothing needs. With `dry_run` it is only told.
+pub fn prune(build: &Build<'_>, keep: usize, locks: &[lock::Lock], dry_run: bool) -> Result<Pruned> {
+    let mut unneeded = plan(build.store, keep, locks)?;
+    let trees = unneeded.iter().any(|item| item.kind == "tree" && item.path.is_dir());
+    let session = if trees { Some(build.session(false)?) } else { None };
+    for item in unneeded.iter_mut().filter(|item| item.kind == "tree" && item.path.is_dir()) {
+        if let Some(session) = &session {
+            item.bytes = session.call("size", &item.path)?;
+        }
+    }
+    let mut pruned = Pruned { schema: 1, dry_run, bytes: unneeded.iter().map(|item| item.bytes).sum(), unneeded, in_use: Vec::new() };
+    if dry_run {
+        return Ok(pruned);
+    }
+    // A build that runs may be about to use what looks unneeded.
+    let Some(_alone) = Lock::try_now(&build.store.cache("work.lock"), Hold::Exclusive)? else {
+        return Err(Problem::transient("a build is running on this store").hint("try again when it has ended; `--dry-run` works any time").into());
+    };
+    let _index = build.store.lock_index()?;
+    for item in pruned.unneeded.clone() {
+        let is_lock = item.path.extension().is_some_and(|extension| extension == "lock");
+        if item.kind == "tree" && !is_lock {
+            let lock = item.path.with_extension("lock");
+            let Some(_lease) = Lock::try_now(&lock, Hold::Exclusive)? else {
+                pruned.in_use.push(item.path.clone());
+                pruned.bytes -= item.bytes;
+                continue;
+            };
+            if let Some(session) = &session {
+                session.call::<_, ()>("remove", &item.path)?;
+            }
+        } else if !is_lock || Lock::try_now(&item.path, Hold::Exclusive)?.is_some() {
+            remove(&item.path)?;
+        }
+    }
+    Ok(pruned)
+}
+
+fn remove(path: &Path) -> Result<()> {
+    match fs_err::remove_file(path) {
+        Err(error) if error.kind() != std::io::ErrorKind::NotFound => Err(error.into()),
+        _ => Ok(()),
+    }
+}

@@ -1,0 +1,141 @@
+//! The command line: one file per verb, each with its `Args` and a `run` that calls one flow and
+//! shows its value.
+//!
+//! The only folder that prints, reads the environment and the clock, and sets the exit code.
+//! Answers go to standard output, everything else to standard error.
+#![allow(clippy::print_stdout, clippy::print_stderr, reason = "this is the level that talks to people")]
+
+mod artifact;
+mod build;
+mod doctor;
+mod explain;
+mod init;
+mod meta;
+mod plan;
+mod progress;
+mod report;
+mod run;
+mod signals;
+mod ui;
+mod update;
+
+use std::path::PathBuf;
+use std::process::ExitCode;
+
+use anyhow::Result;
+use clap::{Parser, Subcommand};
+
+use crate::sandbox;
+
+/// From source to running, immutable machines, in one binary (x86-64 Linux).
+#[derive(Debug, Parser)]
+#[command(name = "pipeline", version = env!("PIPELINE_VERSION"), disable_version_flag = true, propagate_version = false, max_term_width = 100)]
+pub struct Cli {
+    #[command(flatten)]
+    global: Global,
+    #[command(subcommand)]
+    verb: Option<Verb>,
+}
+
+/// Options every verb takes.
+#[derive(Debug, Clone, clap::Args)]
+pub struct Global {
+    /// Keep everything (store, cache, state) below this folder
+    #[arg(long, global = true, env = "PIPELINE_ROOT", value_name = "DIR", help_heading = "Global options")]
+    root: Option<PathBuf>,
+    /// Print the answer as JSON
+    #[arg(long, global = true, help_heading = "Global options")]
+    json: bool,
+    /// How progress is shown on standard error
+    #[arg(long, global = true, value_enum, default_value = "auto", value_name = "HOW", help_heading = "Global options")]
+    progress: progress::How,
+    /// Show errors and warnings only
+    #[arg(long, short, global = true, conflicts_with = "verbose", help_heading = "Global options")]
+    quiet: bool,
+    /// Show every line the steps print
+    #[arg(long, short, global = true, help_heading = "Global options")]
+    verbose: bool,
+    /// Print the version; with --json also commit and embedded builders
+    #[arg(long, short = 'V', global = true, help_heading = "Global options")]
+    version: bool,
+    /// Test only: end this process with SIGKILL at its Nth write, rename or mount
+    #[arg(long, global = true, hide = true, env = "PIPELINE_FAULT")]
+    fault: Option<i64>,
+    /// Test only: the same for the unshare process
+    #[arg(long, global = true, hide = true, env = "PIPELINE_FAULT_INSIDE")]
+    fault_inside: Option<i64>,
+}
+
+#[derive(Debug, Subcommand)]
+enum Verb {
+    /// Write a pipeline.yaml for the project in this folder
+    Init(init::Args),
+    /// Show the steps of a build, their keys, and which would run and why
+    Plan(plan::Args),
+    /// Build the image of a pipeline
+    Build(build::Args),
+    /// Move pipeline.lock to today's packages
+    Update(update::Args),
+    /// Say which file, variable, package or base made which step run again
+    Explain(explain::Args),
+    /// Run an image in the sandbox, its port on 127.0.0.1
+    Run(run::Args),
+    /// Look at, move, verify and prune what is in the store
+    #[command(subcommand)]
+    Artifact(artifact::Verb),
+    /// Tell what this machine can do, what is missing, and the command that fixes it
+    Doctor(doctor::Args),
+    /// Print the JSON Schema of the pipeline file
+    Schema,
+    /// Print a completion script for a shell
+    Completions(meta::CompletionsArgs),
+    /// Print the manual page
+    Man,
+    /// Pack a folder as a layer (for the benchmarks)
+    #[command(name = "__pack", hide = true)]
+    Pack(meta::PackArgs),
+}
+
+/// Runs the program.
+pub fn main() -> ExitCode {
+    let args: Vec<String> = std::env::args_os().map(|arg| arg.to_string_lossy().into_owned()).collect();
+    if args.get(1).is_some_and(|verb| verb == sandbox::VERB) {
+        return sandbox::inside::main(&args[2..], &crate::build::inside::call);
+    }
+    let cli = Cli::parse();
+    if let Some(nth) = cli.global.fault {
+        crate::fault::arm(nth);
+    }
+    let json_errors = matches!(cli.global.progress, progress::How::Json);
+    let code = match dispatch(cli) {
+        Ok(code) => code,
+        Err(error) => ui::fail(&error, json_errors),
+    };
+    ExitCode::from(signals::exit_code().unwrap_or(code))
+}
+
+fn dispatch(cli: Cli) -> Result<u8> {
+    let global = cli.global;
+    if global.version {
+        return meta::version(&global);
+    }
+    let Some(verb) = cli.verb else {
+        // Like a missing argument: usage on standard error, exit 2.
+        eprint!("{}", <Cli as clap::CommandFactory>::command().render_help());
+        return Ok(2);
+    };
+    match verb {
+        Verb::Init(args) => init::run(&global, args),
+        Verb::Plan(args) => plan::run(&global, args),
+        Verb::Build(args) => build::run(&global, args),
+        Verb::Update(args) => update::run(&global, args),
+        Verb::Explain(args) => explain::run(&global, args),
+        Verb::Run(args) => Ok(run::run(&global, args)),
+        Verb::Artifact(verb) => artifact::run(&global, verb),
+        Verb::Doctor(args) => doctor::run(&global, args),
+        Verb::Schema => meta::schema(),
+        Verb::Completions(args) => meta::completions(&args),
+        Verb::Man => meta::man(),
+        Verb::Pack(args) => meta::pack(&args),
+    }
+}
