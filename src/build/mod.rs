@@ -608,7 +608,7 @@ fn remember(build: &Build<'_>, prepared: &Prepared, steps: &[Step], results: &[(
     for (digest, listing) in prepared.listings() {
         let path = build.store.cache("listings").join(digest.hex());
         if !path.exists() {
-            crate::artifact::store::write_atomic(&path, &listing.encode())?;
+            crate::artifact::store::write_cache(&path, &listing.encode())?;
         }
     }
     let steps = steps.iter().zip(results).map(|(step, (record, ran))| BuiltStep {
