@@ -179,11 +179,11 @@ impl<'a> Ahead<'a> {
             if self.reached.load(Ordering::Relaxed) >= at {
                 return;
             }
-            if matches!(record.known, Known::File { .. }) {
-                if let Ok(stat) = rustix::fs::statat(root, path.as_slice(), AtFlags::SYMLINK_NOFOLLOW) {
-                    // Set by nobody else.
-                    let _ = self.stamps[at].set(Stamp::of(&stat));
-                }
+            if matches!(record.known, Known::File { .. })
+                && let Ok(stat) = rustix::fs::statat(root, path.as_slice(), AtFlags::SYMLINK_NOFOLLOW)
+            {
+                // Set by nobody else.
+                let _ = self.stamps[at].set(Stamp::of(&stat));
             }
         }
     }
@@ -295,7 +295,10 @@ mod tests {
             Known::Out { directory: true, listed: false },
             Known::Out { directory: false, listed: true },
         ];
-        all.into_iter().enumerate().map(|(at, known)| (format!("path-{at}").into_bytes(), Record { ignored: at % 2 == 1, known })).collect()
+        all.into_iter()
+            .enumerate()
+            .map(|(at, known)| (format!("path-{at}").into_bytes(), Record { ignored: at % 2 == 1, known }))
+            .collect()
     }
 
     #[test]
