@@ -367,7 +367,8 @@ impl Store {
             Err(error) => return Err(error.into()),
         }
         let key: [u8; 32] = rand::random();
-        let mut temp = tempfile::NamedTempFile::new_in(&self.state)?;
+        fault::point("write the key");
+        let mut temp = tempfile::Builder::new().prefix(".tmp-").tempfile_in(&self.state)?;
         temp.write_all(&key)?;
         temp.as_file().sync_all()?;
         // Another build may have been first; then its key is the one.

@@ -169,7 +169,7 @@ fn load(cache: &Path) -> Cached {
 fn store(cache: &Path, cached: &Cached) -> Result<()> {
     let folder = cache.parent().context("the cache file has no folder")?;
     fs::create_dir_all(folder)?;
-    let temporary = tempfile::NamedTempFile::new_in(folder).with_context(|| format!("cannot write in `{}`", folder.display()))?;
+    let temporary = tempfile::Builder::new().prefix(".tmp-").tempfile_in(folder).with_context(|| format!("cannot write in `{}`", folder.display()))?;
     fs::write(temporary.path(), serde_json::to_vec(cached)?)?;
     temporary.persist(cache).with_context(|| format!("cannot write `{}`", cache.display()))?;
     Ok(())
@@ -307,7 +307,7 @@ fn foreign(root: &Path, scratch: Option<&Path>) -> Result<Option<Opened>> {
     let ours = match scratch {
         Some(scratch) => {
             fs::create_dir_all(scratch)?;
-            tempfile::tempdir_in(scratch)
+            tempfile::Builder::new().prefix(".tmp-").tempdir_in(scratch)
         }
         None => tempfile::tempdir(),
     }
