@@ -2,14 +2,16 @@
 //!
 //! ```text
 //! ROOT/version                          format of everything below
+//! ROOT/store.lock                       shared by every process that has the store open; exclusive to sweep or prune
 //! ROOT/store/oci-layout, index.json     tags: one descriptor each, `org.opencontainers.image.ref.name`
 //! ROOT/store/blobs/sha256/HEX
 //! ROOT/store/.tmp/                      blobs being written
 //! ROOT/cache/...                        trees, step records, packages: may be thrown away
 //! STATE/...                             build records and logs; ROOT/state unless said otherwise
 //! ```
-//! Every write goes to a temporary name, fsync, rename, fsync of the folder. The index is changed
-//! under an exclusive `flock`; readers need no lock, since it is replaced whole.
+//! Every write goes to a temporary name and is renamed. Blobs and the index are synced first, and
+//! the blobs' folder before a tag leads to them; the cache is not. The index is changed under an
+//! exclusive `flock`; readers need no lock, since it is replaced whole.
 
 use std::collections::BTreeMap;
 use std::io::{Read, Write as _};
@@ -114,11 +116,23 @@ fn open_lock(path: &Path) -> Result<std::fs::File> {
     Ok(fd.into())
 }
 
-/// The store of one user.
-#[derive(Debug, Clone)]
+/// The store of one user. While it is open nobody sweeps or prunes it.
+#[derive(Debug)]
 pub struct Store {
     root: PathBuf,
     state: PathBuf,
+    /// `store.lock`, held shared.
+    open: std::fs::File,
+}
+
+/// Nobody else has the store open while this lives.
+#[derive(Debug)]
+pub struct Alone<'a>(&'a Store);
+
+impl Drop for Alone<'_> {
+    fn drop(&mut self) {
+        let _ = rustix::fs::flock(&self.0.open, rustix::fs::FlockOperation::LockShared);
+    }
 }
 
 impl Store {
@@ -132,31 +146,50 @@ impl Store {
 
     /// [`Store::open`], with records and logs in another place.
     pub fn open_with_state(root: &Path, state: &Path) -> Result<Self> {
-        let store = Self { root: root.to_path_buf(), state: state.to_path_buf() };
-        match fs_err::read_to_string(root.join("version")) {
-            Ok(text) => {
-                let owner = fs_err::metadata(root)?.uid();
-                let uid = rustix::process::geteuid().as_raw();
-                if owner != uid {
-                    return Err(Problem::usage(format!("the store `{}` belongs to uid {owner}, and this is uid {uid}", root.display()))
-                        .hint("a store belongs to one user: use that user, or another store with `--root DIR`; images cross by `artifact export` and `artifact load`")
-                        .into());
-                }
-                let version: u32 = text.trim().parse().unwrap_or(u32::MAX);
-                if version > VERSION {
-                    return Err(Problem::usage(format!("the store `{}` has format {}, newer than this program's {VERSION}", root.display(), text.trim()))
-                        .hint("use the newer pipeline, or another store with `--root DIR`")
-                        .into());
-                }
-            }
-            Err(error) if error.kind() == std::io::ErrorKind::NotFound => store.create()?,
+        let version = match fs_err::read_to_string(root.join("version")) {
+            Ok(text) => Some(text),
+            Err(error) if error.kind() == std::io::ErrorKind::NotFound => None,
             Err(error) => return Err(error).with_context(|| format!("cannot read the store `{}`", root.display())),
+        };
+        if let Some(text) = &version {
+            check_format(root, text)?;
+        } else {
+            fs_err::create_dir_all(root)?;
+        }
+        let open = open_lock(&root.join("store.lock"))?;
+        let store = Self { root: root.to_path_buf(), state: state.to_path_buf(), open };
+        store.hold_shared()?;
+        if version.is_none() {
+            store.create()?;
         }
         Ok(store)
     }
 
+    fn hold_shared(&self) -> Result<()> {
+        loop {
+            match rustix::fs::flock(&self.open, rustix::fs::FlockOperation::LockShared) {
+                Ok(()) => return Ok(()),
+                Err(rustix::io::Errno::INTR) => {}
+                Err(error) => return Err(error).with_context(|| format!("cannot lock the store `{}`", self.root.display())),
+            }
+        }
+    }
+
+    /// The store for oneself, without waiting; `None` while another process has it open.
+    pub fn alone(&self) -> Result<Option<Alone<'_>>> {
+        match rustix::fs::flock(&self.open, rustix::fs::FlockOperation::NonBlockingLockExclusive) {
+            Ok(()) => Ok(Some(Alone(self))),
+            Err(rustix::io::Errno::WOULDBLOCK) => {
+                // A conversion that fails loses the lock it converts (flock(2)).
+                self.hold_shared()?;
+                Ok(None)
+            }
+            Err(error) => Err(error).with_context(|| format!("cannot lock the store `{}`", self.root.display())),
+        }
+    }
+
     fn create(&self) -> Result<()> {
-        for dir in ["store/blobs/sha256", "store/.tmp", "cache/steps", "cache/trees", "cache/work", "cache/listings", "cache/stat", "cache/debs", "cache/lists", "cache/git", "cache/snapshots"] {
+        for dir in ["store/blobs/sha256", "store/.tmp", "cache/steps", "cache/trees", "cache/work", "cache/listings", "cache/stat", "cache/debs", "cache/git", "cache/snapshots"] {
             fs_err::create_dir_all(self.root.join(dir))?;
         }
         for dir in ["builds", "logs"] {
@@ -262,7 +295,7 @@ impl Store {
         let path = self.blob(digest);
         fault::point("rename a blob");
         temp.persist(&path).map_err(|error| error.error).with_context(|| format!("cannot write `{}`", path.display()))?;
-        sync_dir(&self.layout().join("blobs/sha256"))
+        Ok(())
     }
 
     /// Writes a file whole: temporary name, fsync, rename, fsync of the folder.
@@ -306,6 +339,8 @@ impl Store {
         descriptor.annotations.insert(REF_NAME.into(), tag.into());
         index.manifests.push(descriptor);
         index.manifests.sort_by(|a, b| a.annotations.get(REF_NAME).cmp(&b.annotations.get(REF_NAME)));
+        // What the tag leads to is on the disk before the tag is.
+        sync_dir(&self.layout().join("blobs/sha256"))?;
         self.write_index(&index)
     }
 
@@ -332,7 +367,8 @@ impl Store {
             Err(error) => return Err(error.into()),
         }
         let key: [u8; 32] = rand::random();
-        let mut temp = tempfile::NamedTempFile::new_in(&self.state)?;
+        fault::point("write the key");
+        let mut temp = tempfile::Builder::new().prefix(".tmp-").tempfile_in(&self.state)?;
         temp.write_all(&key)?;
         temp.as_file().sync_all()?;
         // Another build may have been first; then its key is the one.
@@ -341,6 +377,24 @@ impl Store {
             Err(_) => Ok(fs_err::read(&path)?),
         }
     }
+}
+
+/// A store of another user, or of a newer format, is refused.
+fn check_format(root: &Path, text: &str) -> Result<()> {
+    let owner = fs_err::metadata(root)?.uid();
+    let uid = rustix::process::geteuid().as_raw();
+    if owner != uid {
+        return Err(Problem::usage(format!("the store `{}` belongs to uid {owner}, and this is uid {uid}", root.display()))
+            .hint("a store belongs to one user: use that user, or another store with `--root DIR`; images cross by `artifact export` and `artifact load`")
+            .into());
+    }
+    let version: u32 = text.trim().parse().unwrap_or(u32::MAX);
+    if version > VERSION {
+        return Err(Problem::usage(format!("the store `{}` has format {}, newer than this program's {VERSION}", root.display(), text.trim()))
+            .hint("use the newer pipeline, or another store with `--root DIR`")
+            .into());
+    }
+    Ok(())
 }
 
 fn corrupt(expected: &Digest, found: &Digest) -> Problem {
@@ -358,6 +412,19 @@ pub fn write_atomic(path: &Path, bytes: &[u8]) -> Result<()> {
     fault::point("rename a file");
     temp.persist(path).map_err(|error| error.error).with_context(|| format!("cannot write `{}`", path.display()))?;
     sync_dir(dir)
+}
+
+/// Writes a file of the cache whole, without waiting for the disk: after a power cut it may be
+/// missing or broken, and then counts as not there.
+pub fn write_cache(path: &Path, bytes: &[u8]) -> Result<()> {
+    let dir = path.parent().context("a file in a folder")?;
+    fault::point("create a temporary cache file");
+    let mut temp =
+        tempfile::Builder::new().prefix(".tmp-").tempfile_in(dir).with_context(|| format!("cannot make a file in `{}`", dir.display()))?;
+    temp.write_all(bytes).with_context(|| format!("cannot write `{}`", path.display()))?;
+    fault::point("rename a cache file");
+    temp.persist(path).map_err(|error| error.error).with_context(|| format!("cannot write `{}`", path.display()))?;
+    Ok(())
 }
 
 /// Makes renames in `dir` durable.

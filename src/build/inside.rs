@@ -50,6 +50,13 @@ pub struct Pack {
     pub normalise: Option<Origin>,
 }
 
+impl std::fmt::Debug for Pack {
+    /// Never the secrets.
+    fn fmt(&self, f: &mut std::fmt::Formatter<'_>) -> std::fmt::Result {
+        f.debug_struct("Pack").field("options", &self.options).finish_non_exhaustive()
+    }
+}
+
 /// What a pack gave.
 #[derive(Debug, Serialize, Deserialize)]
 pub struct PackedLayer {
@@ -184,6 +191,10 @@ impl Inspect for Checks<'_> {
             Problem::failed(format!("`/{}` must not be in a layer: {reason}", path.display()))
                 .hint("every machine made from the image would share it; remove it in the script that makes it")
         })
+    }
+
+    fn text(&mut self, path: &Path, text: &[u8]) -> Option<Problem> {
+        self.secrets.text(path, text)
     }
 
     fn chunk(&mut self, path: &Path, start: bool, bytes: &[u8]) -> Option<Problem> {

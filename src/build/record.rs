@@ -12,7 +12,7 @@ use serde::{Deserialize, Serialize};
 
 use super::plan::Ingredient;
 use crate::artifact::image::{Layer, RunConfig};
-use crate::artifact::store::{Store, write_atomic};
+use crate::artifact::store::{Store, write_cache};
 use crate::oci::digest::Digest;
 
 /// Format of both kinds of record: others are not read.
@@ -34,6 +34,9 @@ pub struct StepRecord {
     /// Device nodes and sockets that did not go into the layer.
     pub dropped: Vec<String>,
     pub seconds: f64,
+    /// How much of `seconds` was the script's own.
+    #[serde(default)]
+    pub script_seconds: f64,
     pub log: Option<PathBuf>,
     /// Stat data of each layer's blob when it was last known to be good.
     stamps: Vec<Stamp>,
@@ -66,12 +69,12 @@ pub enum Found {
 
 impl StepRecord {
     pub fn new(step: &str, key: Digest, ingredients: Vec<Ingredient>, layers: Vec<Layer>) -> Self {
-        Self { version: VERSION, step: step.into(), key, ingredients, layers, config: None, dropped: Vec::new(), seconds: 0.0, log: None, stamps: Vec::new() }
+        Self { version: VERSION, step: step.into(), key, ingredients, layers, config: None, dropped: Vec::new(), seconds: 0.0, script_seconds: 0.0, log: None, stamps: Vec::new() }
     }
 
     pub fn save(&mut self, store: &Store) -> Result<()> {
         self.stamps = self.layers.iter().filter_map(|layer| Stamp::of(store, layer)).collect();
-        write_atomic(&path(store, &self.key), &serde_json::to_vec(self)?)
+        write_cache(&path(store, &self.key), &serde_json::to_vec(self)?)
     }
 
     pub fn bytes(&self) -> u64 {
@@ -176,5 +179,5 @@ pub fn remember(store: &Store, mut build: BuildRecord) -> Result<()> {
     builds.push(build);
     let excess = builds.len().saturating_sub(KEPT_BUILDS);
     builds.drain(..excess);
-    write_atomic(&path, &serde_json::to_vec(&builds)?)
+    write_cache(&path, &serde_json::to_vec(&builds)?)
 }

@@ -22,6 +22,7 @@ use crate::artifact::image::{Layer, RunConfig};
 use crate::artifact::store::{Descriptor, Store};
 use crate::config::types::{Compression, Configure, Network};
 use crate::error::Problem;
+use crate::fault;
 use crate::oci::compress;
 use crate::oci::layer::PackOptions;
 use crate::oci::unpack::Unpacked;
@@ -38,6 +39,10 @@ pub const PATH: &str = "/usr/local/sbin:/usr/local/bin:/usr/sbin:/usr/bin:/sbin:
 const CONFIGURE: &str = "/run/pipeline/configure";
 /// Where the locked packages are while they are installed.
 const REPOSITORY: &str = "/run/pipeline/repository";
+/// Status of a shell or sandbox whose program SIGKILL ended, as the kernel does when memory is out.
+const KILLED: i32 = 128 + libc::SIGKILL;
+/// The same for a file over its limit.
+const FILE_TOO_LARGE: i32 = 128 + libc::SIGXFSZ;
 /// Makes clients give up at once where there is no network, instead of after minutes.
 const NO_RETRIES: [(&str, &str); 3] = [("PIP_RETRIES", "0"), ("npm_config_fetch_retries", "0"), ("CARGO_NET_OFFLINE", "true")];
 
@@ -76,6 +81,7 @@ impl Runner<'_> {
             }
         };
         record.seconds = started.elapsed().as_secs_f64();
+        record.script_seconds = log.script_seconds;
         record.log = Some(log.path.clone());
         record.save(self.store)?;
         Ok(record)
@@ -213,17 +219,17 @@ impl Runner<'_> {
             } else {
                 self.session.call::<_, ()>("seed", &Seed { dir: place.upper.clone(), files })?;
             }
-            spec.env.splice(0..0, builder.meta.env.clone());
+            prefer(&mut spec.env, builder.meta.env.clone(), &self.prepared.pipeline.build.env);
         } else {
             let config = below.iter().find_map(|record| record.config.clone()).unwrap_or_default();
             let s2i = S2iImage::of(&config)?;
-            spec.env.splice(0..0, config.variables());
+            prefer(&mut spec.env, config.variables(), &self.prepared.pipeline.build.env);
             spec.user = s2i.user;
             spec.cwd = if config.working_dir.is_empty() { "/".into() } else { config.working_dir };
             (destination, scripts) = (s2i.destination, s2i.scripts);
         }
         if !dependencies {
-            spec.env.extend(self.prepared.s2i_environment.clone());
+            prefer(&mut spec.env, self.prepared.s2i_environment.clone(), &self.prepared.pipeline.build.env);
         }
         self.place_source(&mut spec, &snapshot.path, &destination, place)?;
         if dependencies || self.prepared.pipeline.build.network == Network::Host {
@@ -274,7 +280,7 @@ impl Runner<'_> {
         let name = path.file_name().context("a file")?.to_string_lossy().into_owned();
         let mut spec = self.spec(step, lowers, place)?;
         if let Some(builder) = &self.prepared.builder {
-            spec.env.splice(0..0, builder.meta.env.clone());
+            prefer(&mut spec.env, builder.meta.env.clone(), &self.prepared.pipeline.build.env);
         }
         let what = match configure {
             Configure::Shell(_) => {
@@ -345,7 +351,9 @@ impl Runner<'_> {
 
     /// Runs the command of a step; a failure tells its status, its last lines and the log.
     fn execute(&self, step: &Step, what: &str, spec: &RunSpec, log: &mut Log<'_>) -> Result<()> {
+        let started = Instant::now();
         let exit = self.session.run(spec, &mut |bytes| log.write(bytes))?;
+        log.script_seconds = started.elapsed().as_secs_f64();
         log.flush();
         let how = match exit {
             Exit::Code(0) => return Ok(()),
@@ -360,7 +368,9 @@ impl Runner<'_> {
             .hint(format!("the whole log is {}", log.path.display()));
         problem = match exit {
             Exit::TimedOut => problem.hint("`build.timeout` sets how long a step may take"),
-            Exit::Signal(9) if spec.limits.memory.is_some() => problem.hint("it may have hit `build.limits.memory`"),
+            // bubblewrap and shells make 128 and the signal of it.
+            Exit::Signal(libc::SIGKILL) | Exit::Code(KILLED) if spec.limits.memory.is_some() => problem.hint("it may have hit `build.limits.memory`"),
+            Exit::Signal(libc::SIGXFSZ) | Exit::Code(FILE_TOO_LARGE) if spec.limits.file_size.is_some() => problem.hint("it may have hit `build.limits.file_size`"),
             _ => problem,
         };
         if !self.shell {
@@ -416,6 +426,16 @@ impl S2iImage {
     }
 }
 
+/// Sets `variables` over what is there, but for those the pipeline file sets itself.
+fn prefer(env: &mut Vec<(String, String)>, variables: impl IntoIterator<Item = (String, String)>, own: &std::collections::BTreeMap<String, String>) {
+    for (name, value) in variables {
+        if !own.contains_key(&name) {
+            env.retain(|(known, _)| *known != name);
+            env.push((name, value));
+        }
+    }
+}
+
 fn set_mode(path: &Path, mode: u32) -> Result<()> {
     Ok(fs_err::set_permissions(path, std::os::unix::fs::PermissionsExt::from_mode(mode))?)
 }
@@ -438,6 +458,7 @@ struct Log<'a> {
     finder: &'a secret::Finder,
     partial: Vec<u8>,
     last: VecDeque<String>,
+    script_seconds: f64,
 }
 
 impl<'a> Log<'a> {
@@ -445,8 +466,9 @@ impl<'a> Log<'a> {
         let dir = runner.store.state("logs").join(runner.prepared.pipeline.name.as_str());
         fs_err::create_dir_all(&dir)?;
         let path = dir.join(format!("{}-{}.log", step.name, step.key.short()));
+        fault::point("create a log");
         let file = fs_err::File::create(&path)?;
-        Ok(Self { path, file, step: step.name.clone(), progress, finder: runner.finder, partial: Vec::new(), last: VecDeque::new() })
+        Ok(Self { path, file, step: step.name.clone(), progress, finder: runner.finder, partial: Vec::new(), last: VecDeque::new(), script_seconds: 0.0 })
     }
 
     fn write(&mut self, bytes: &[u8]) {

@@ -93,6 +93,9 @@ fn enter(args: &[String], channel: &Channel) -> Result<Stage> {
         return Ok(Stage::Waited(wait(child)));
     }
     rustix::process::set_parent_process_death_signal(Some(Signal::KILL))?;
+    // Nothing of the caller's in what is made here.
+    rustix::process::umask(rustix::fs::Mode::from_raw_mode(0o022));
+    rustix::system::sethostname(b"pipeline").context("cannot set the host name of the namespace")?;
     rustix::mount::mount("proc", "/proc", "proc", MountFlags::NOSUID | MountFlags::NODEV | MountFlags::NOEXEC, None).map_err(|error| {
         Problem::failed(format!("cannot mount /proc in a new process namespace: {error}"))
             .hint("in a container, give it `--security-opt systempaths=unconfined`; `pipeline doctor` tells more")
@@ -106,11 +109,7 @@ fn unshare(flags: UnshareFlags) -> rustix::io::Result<()> {
 }
 
 fn refused(error: rustix::io::Errno) -> anyhow::Error {
-    Problem::failed(format!("this machine refuses a new user namespace: {error}"))
-        .hint("on Ubuntu 24.04: sysctl -w kernel.apparmor_restrict_unprivileged_userns=0, or an AppArmor profile for pipeline")
-        .hint("in a container: `--security-opt seccomp=unconfined --security-opt apparmor=unconfined --security-opt systempaths=unconfined`")
-        .hint("`pipeline doctor` looks for the cause")
-        .into()
+    Problem::failed(format!("unshare: a new user namespace is refused: {error}")).hint("`pipeline doctor` looks for the cause").into()
 }
 
 fn become_root() -> Result<()> {

@@ -24,6 +24,7 @@ use tempfile::NamedTempFile;
 use super::file::Stamp;
 use super::ignored::Identity;
 use super::listing::{Reader, Xattrs, put, put_length, put_xattrs};
+use crate::fault;
 use crate::oci::digest::Digest;
 
 const MAGIC: &[u8] = b"pipeline stat cache 1\n";
@@ -178,11 +179,11 @@ impl<'a> Ahead<'a> {
             if self.reached.load(Ordering::Relaxed) >= at {
                 return;
             }
-            if matches!(record.known, Known::File { .. }) {
-                if let Ok(stat) = rustix::fs::statat(root, path.as_slice(), AtFlags::SYMLINK_NOFOLLOW) {
-                    // Set by nobody else.
-                    let _ = self.stamps[at].set(Stamp::of(&stat));
-                }
+            if matches!(record.known, Known::File { .. })
+                && let Ok(stat) = rustix::fs::statat(root, path.as_slice(), AtFlags::SYMLINK_NOFOLLOW)
+            {
+                // Set by nobody else.
+                let _ = self.stamps[at].set(Stamp::of(&stat));
             }
         }
     }
@@ -217,7 +218,7 @@ impl<'a> Writer<'a> {
             let folder = file.parent().context("the stat cache has no folder")?;
             fs_err::create_dir_all(folder)?;
             let temporary =
-                NamedTempFile::new_in(folder).with_context(|| format!("cannot write the stat cache in `{}`", folder.display()))?;
+                tempfile::Builder::new().prefix(".tmp-").tempfile_in(folder).with_context(|| format!("cannot write the stat cache in `{}`", folder.display()))?;
             let stat = temporary.as_file().metadata()?;
             self.began = stat.mtime().wrapping_mul(1_000_000_000).wrapping_add(stat.mtime_nsec());
             self.temporary = Some(temporary);
@@ -239,6 +240,7 @@ impl<'a> Writer<'a> {
         self.begin()?;
         let Some(mut temporary) = self.temporary.take() else { return Ok(()) };
         temporary.write_all(&encode(&index, &self.records)).context("cannot write the stat cache")?;
+        fault::point("rename the stat cache");
         temporary.persist(file).with_context(|| format!("cannot write the stat cache `{}`", file.display()))?;
         Ok(())
     }
@@ -293,7 +295,10 @@ mod tests {
             Known::Out { directory: true, listed: false },
             Known::Out { directory: false, listed: true },
         ];
-        all.into_iter().enumerate().map(|(at, known)| (format!("path-{at}").into_bytes(), Record { ignored: at % 2 == 1, known })).collect()
+        all.into_iter()
+            .enumerate()
+            .map(|(at, known)| (format!("path-{at}").into_bytes(), Record { ignored: at % 2 == 1, known }))
+            .collect()
     }
 
     #[test]
