@@ -743,7 +743,7 @@ name: tiny
 base:
   tar: base.tar
 runtime:
-  builder: builder
+  builder: ./builder
 source:
   path: src
 image:
