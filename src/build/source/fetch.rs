@@ -7,6 +7,7 @@
 //! mirrors/<hex>.lock     held while its mirror is used
 //! checkouts/<commit>     the files of a commit, without `.git`
 //! checkouts/<commit>-sub the same with its submodules
+//! checkouts/<name>.boot  the boot of the machine it was made in
 //! making/                unfinished checkouts, each with a lock beside it
 //! ```
 //!
@@ -20,12 +21,15 @@ use std::path::{Path, PathBuf};
 
 use anyhow::{Context as _, Result, bail};
 use fs_err as fs;
-use git2::{Cred, CredentialType, ErrorClass, ErrorCode, FetchOptions, ObjectType, Oid, ProxyOptions, RemoteCallbacks, Repository};
+use git2::{
+    Cred, CredentialType, ErrorClass, ErrorCode, FetchOptions, ObjectType, Oid, ProxyOptions, RemoteCallbacks, Repository,
+};
 use rustix::fs::FlockOperation;
 
 use super::git::{GitState, Last, last_commit, without_credentials};
 use super::listing::as_path;
 use super::scan::words;
+use super::snapshot::boot_id;
 use crate::error::{Problem, nearest};
 use crate::oci::digest::Digest;
 
@@ -147,18 +151,20 @@ impl<'a> Mirror<'a> {
         let folder = request.cache.join("mirrors");
         fs::create_dir_all(&folder)?;
         let name = Digest::of(request.url).short();
-        let lock = lock(&folder.join(format!("{name}.lock")), FlockOperation::LockExclusive)?.context("a lock that waits is got")?;
+        let lock =
+            lock(&folder.join(format!("{name}.lock")), FlockOperation::LockExclusive)?.context("a lock that waits is got")?;
         let path = folder.join(format!("{name}.git"));
         let repository = match Repository::open_bare(&path) {
-            Ok(repository) => repository,
-            Err(_) => init(&path)?,
+            // Without this folder libgit2 would write packs to `/`.
+            Ok(repository) if fs::symlink_metadata(path.join("objects/pack")).is_ok() => repository,
+            _ => init(&path)?,
         };
         Ok(Self { request, repository, history: true, _lock: lock })
     }
 
     /// The same mirror, empty.
     fn anew(self) -> Result<Self> {
-        Ok(Self { repository: init(&self.repository.path().to_owned())?, ..self })
+        Ok(Self { repository: init(self.repository.path())?, ..self })
     }
 
     fn take(&mut self) -> Result<Taken> {
@@ -168,7 +174,7 @@ impl<'a> Mirror<'a> {
         };
         let name = format!("{}{}", resolved.commit, if self.request.submodules { "-sub" } else { "" });
         let path = self.request.cache.join("checkouts").join(name);
-        let making = if fs::symlink_metadata(&path).is_ok() { None } else { Some(Making::begin(self.request.cache)?) };
+        let making = if is_whole(&path) { None } else { Some(Making::begin(self.request.cache)?) };
         if let Some(making) = &making {
             self.write(resolved.commit, &making.tree())?;
         }
@@ -193,8 +199,10 @@ impl<'a> Mirror<'a> {
             Err(error) if error.code() == ErrorCode::NotFound => return Ok(None),
             Err(error) => return Err(error.into()),
         };
-        let dir: PathBuf = self.request.dir.into_iter().flat_map(Path::components).filter(|part| part.as_os_str() != ".").collect();
-        if !dir.as_os_str().is_empty() && !commit.tree()?.get_path(&dir).is_ok_and(|entry| entry.kind() == Some(ObjectType::Tree)) {
+        let dir: PathBuf =
+            self.request.dir.into_iter().flat_map(Path::components).filter(|part| part.as_os_str() != ".").collect();
+        if !dir.as_os_str().is_empty() && !commit.tree()?.get_path(&dir).is_ok_and(|entry| entry.kind() == Some(ObjectType::Tree))
+        {
             let commit = resolved.commit.to_string();
             return Err(Problem::failed(format!("there is no folder `{}` in commit {}", dir.display(), &commit[..12]))
                 .hint("`source.dir` is relative to the top of the repository")
@@ -219,8 +227,8 @@ impl<'a> Mirror<'a> {
         };
         for depth in DEPTHS {
             // A server that cannot send a part, or a commit that no reference names, sends all.
-            match self.download(&[spec.clone()], depth) {
-                Err(error) if is_transient(&error) => return Err(self.problem(&error).into()),
+            match self.download(std::slice::from_ref(&spec), depth) {
+                Err(error) if is_transient(&error) => return Err(self.problem(error)),
                 Err(_) => break,
                 Ok(()) => {}
             }
@@ -243,7 +251,9 @@ impl<'a> Mirror<'a> {
         match self.repository.revparse_single(&format!("{wanted}^{{commit}}")) {
             Ok(commit) => Ok(Resolved { commit: commit.id(), name: None, branch: None }),
             Err(error) if error.code() == ErrorCode::Ambiguous => {
-                Err(Problem::failed(format!("several commits begin with `{wanted}`")).hint("give more of its digits in `source.ref`").into())
+                Err(Problem::failed(format!("several commits begin with `{wanted}`"))
+                    .hint("give more of its digits in `source.ref`")
+                    .into())
             }
             Err(_) => Err(self.not_found(&self.references()?).into()),
         }
@@ -253,7 +263,7 @@ impl<'a> Mirror<'a> {
         // git2: the depth that completes a shallow repository.
         let depth = if self.repository.is_shallow() { i32::MAX } else { 0 };
         let specs = ["+HEAD:refs/pipeline/head", "+refs/heads/*:refs/heads/*", "+refs/tags/*:refs/tags/*"].map(str::to_owned);
-        self.download(&specs, depth).map_err(|error| self.problem(&error).into())
+        self.download(&specs, depth).map_err(|error| self.problem(error))
     }
 
     fn download(&mut self, specs: &[String], depth: i32) -> Result<(), git2::Error> {
@@ -275,7 +285,7 @@ impl<'a> Mirror<'a> {
             let target = |head: &git2::RemoteHead<'_>| head.symref_target().map(str::to_owned);
             Ok(connection.list()?.iter().map(|head| (head.name().to_owned(), head.oid(), target(head))).collect::<Vec<_>>())
         };
-        ask().map_err(|error| self.problem(&error).into())
+        ask().map_err(|error| self.problem(error))
     }
 
     /// The wanted reference on the remote; `None` when it can only be an abbreviated commit.
@@ -310,9 +320,11 @@ impl<'a> Mirror<'a> {
 
     fn not_found(&self, references: &[(String, Oid, Option<String>)]) -> Problem {
         let wanted = self.request.reference.unwrap_or("HEAD");
-        let short = |name: &'_ str| name.strip_prefix("refs/heads/").or_else(|| name.strip_prefix("refs/tags/")).map(str::to_owned);
+        let short =
+            |name: &'_ str| name.strip_prefix("refs/heads/").or_else(|| name.strip_prefix("refs/tags/")).map(str::to_owned);
         let names: Vec<String> = references.iter().filter_map(|(name, ..)| short(name.trim_end_matches("^{}"))).collect();
-        let problem = Problem::failed(format!("`{}` has no branch, tag or commit `{wanted}`", without_credentials(self.request.url)));
+        let problem =
+            Problem::failed(format!("`{}` has no branch, tag or commit `{wanted}`", without_credentials(self.request.url)));
         match nearest(wanted, names.iter().map(String::as_str)) {
             Some(near) => problem.hint(format!("did you mean `{near}`?")),
             None => problem.hint("`git ls-remote` shows what there is; set `source.ref`"),
@@ -325,8 +337,10 @@ impl<'a> Mirror<'a> {
             return Problem::failed(format!("the repository `{url}` is empty")).hint("push a commit to it first");
         }
         let branches: Vec<&str> = references.iter().filter_map(|(name, ..)| name.strip_prefix("refs/heads/")).take(5).collect();
-        Problem::failed(format!("the HEAD of `{url}` is a branch that does not exist"))
-            .hint(format!("name one in `source.ref`, like {}", branches.iter().map(|name| format!("`{name}`")).collect::<Vec<_>>().join(", ")))
+        Problem::failed(format!("the HEAD of `{url}` is a branch that does not exist")).hint(format!(
+            "name one in `source.ref`, like {}",
+            branches.iter().map(|name| format!("`{name}`")).collect::<Vec<_>>().join(", ")
+        ))
     }
 
     /// Writes the files of a commit as they are in the repository: no attribute or setting changes their bytes.
@@ -362,8 +376,14 @@ impl<'a> Mirror<'a> {
         callbacks
     }
 
-    fn problem(&self, error: &git2::Error) -> Problem {
-        explain(self.request.url, error)
+    fn problem(&self, error: git2::Error) -> anyhow::Error {
+        // Not the remote's doing: see `is_broken`.
+        match error.class() {
+            ErrorClass::Filesystem | ErrorClass::Odb | ErrorClass::Indexer | ErrorClass::Zlib | ErrorClass::Object => {
+                error.into()
+            }
+            _ => explain(self.request.url, &error).into(),
+        }
     }
 }
 
@@ -373,7 +393,8 @@ fn init(path: &Path) -> Result<Repository> {
         fs::remove_dir_all(path)?;
     }
     let mut options = git2::RepositoryInitOptions::new();
-    Repository::init_opts(path, options.bare(true).external_template(false)).with_context(|| format!("cannot make `{}`", path.display()))
+    Repository::init_opts(path, options.bare(true).external_template(false))
+        .with_context(|| format!("cannot make `{}`", path.display()))
 }
 
 /// Writes a tree to the new folder `to`; a submodule becomes an empty folder.
@@ -426,15 +447,21 @@ fn is_transient(error: &git2::Error) -> bool {
         "broken pipe",
     ];
     let message = error.message().to_lowercase();
-    let network = matches!(error.class(), ErrorClass::Net | ErrorClass::Http | ErrorClass::Ssh | ErrorClass::Os | ErrorClass::Ssl | ErrorClass::None);
-    !matches!(error.code(), ErrorCode::Auth | ErrorCode::Certificate) && network && WORDS.iter().any(|word| message.contains(word))
+    let network = matches!(
+        error.class(),
+        ErrorClass::Net | ErrorClass::Http | ErrorClass::Ssh | ErrorClass::Os | ErrorClass::Ssl | ErrorClass::None
+    );
+    !matches!(error.code(), ErrorCode::Auth | ErrorCode::Certificate)
+        && network
+        && WORDS.iter().any(|word| message.contains(word))
 }
 
 fn explain(url: &str, error: &git2::Error) -> Problem {
     let shown = without_credentials(url);
     let message = error.message().trim();
     if is_transient(error) {
-        return Problem::transient(format!("cannot reach `{shown}`: {message}")).hint("check the address and the network, then try again");
+        return Problem::transient(format!("cannot reach `{shown}`: {message}"))
+            .hint("check the address and the network, then try again");
     }
     let denied = ["status code: 401", "status code: 403", "authentication"].iter().any(|word| message.contains(word));
     if error.code() == ErrorCode::Auth || denied {
@@ -451,7 +478,8 @@ fn explain(url: &str, error: &git2::Error) -> Problem {
     }
     let missing = ["status code: 404", "not found", "not exist", "not exported", "resolve path", "could not find repository"];
     if error.code() == ErrorCode::NotFound || missing.iter().any(|word| message.to_lowercase().contains(word)) {
-        return Problem::failed(format!("there is no repository `{shown}`, or not for us: {message}")).hint("check `source.git` and your rights to it");
+        return Problem::failed(format!("there is no repository `{shown}`, or not for us: {message}"))
+            .hint("check `source.git` and your rights to it");
     }
     Problem::failed(format!("`{shown}` cannot be fetched: {message}"))
 }
@@ -465,10 +493,13 @@ fn is_commit(text: &str, least: usize) -> bool {
 fn add_submodules(request: &Request<'_>, commit: Oid, to: &Path, nesting: usize) -> Result<()> {
     for Submodule { path, url, commit } in submodules(request, commit, to)? {
         if nesting == MAX_NESTING {
-            return Err(Problem::failed(format!("submodules are nested more than {MAX_NESTING} deep at `{}`", path.display())).into());
+            return Err(
+                Problem::failed(format!("submodules are nested more than {MAX_NESTING} deep at `{}`", path.display())).into()
+            );
         }
         let sub = Request { url: &url, reference: Some(&commit), dir: None, ..*request };
-        let taken = fetch_nested(&sub, nesting + 1).with_context(|| format!("cannot fetch the submodule `{}`", path.display()))?;
+        let taken =
+            fetch_nested(&sub, nesting + 1).with_context(|| format!("cannot fetch the submodule `{}`", path.display()))?;
         copy_tree(&taken.path, &to.join(&path)).with_context(|| format!("cannot copy the submodule `{}`", path.display()))?;
     }
     Ok(())
@@ -548,7 +579,9 @@ fn join_url(parent: &str, url: &str) -> Result<String> {
         url.to_owned()
     };
     if is_local(&joined) && !is_local(parent) {
-        return Err(Problem::failed(format!("the submodule URL `{joined}` is a path of this machine, its repository is not")).into());
+        return Err(
+            Problem::failed(format!("the submodule URL `{joined}` is a path of this machine, its repository is not")).into()
+        );
     }
     Ok(joined)
 }
@@ -579,7 +612,7 @@ fn copy_tree(from: &Path, to: &Path) -> Result<()> {
 /// A checkout being written. What a killed process leaves is removed by the next one.
 struct Making {
     dir: PathBuf,
-    lock: fs::File,
+    _lock: fs::File,
 }
 
 impl Making {
@@ -596,25 +629,35 @@ impl Making {
         }
         let dir = tempfile::Builder::new().prefix("checkout-").tempdir_in(&folder).context("cannot make a folder")?.keep();
         let lock = lock(&dir.join("lock"), FlockOperation::LockExclusive)?.context("a new lock is free")?;
-        Ok(Self { dir, lock })
+        Ok(Self { dir, _lock: lock })
     }
 
     fn tree(&self) -> PathBuf {
         self.dir.join("tree")
     }
 
-    /// Puts the tree in its place, safe from a power cut.
+    /// Puts the tree in its place, unless another process was faster with the same.
     fn finish(self, place: &Path) -> Result<()> {
-        rustix::fs::syncfs(&self.lock).map_err(std::io::Error::from).context("cannot write the checkout to disk")?;
-        let parent = place.parent().context("a checkout has a folder")?;
-        fs::create_dir_all(parent)?;
-        match fs::rename(self.tree(), place) {
-            // Another process was faster with the same.
-            Err(_) if fs::symlink_metadata(place).is_ok() => {}
-            done => done?,
+        fs::create_dir_all(place.parent().context("a checkout has a folder")?)?;
+        if fs::symlink_metadata(place).is_ok() {
+            if is_whole(place) {
+                return Ok(());
+            }
+            fs::rename(place, self.dir.join("old"))?;
         }
-        Ok(())
+        match fs::rename(self.tree(), place) {
+            Err(_) if is_whole(place) => Ok(()),
+            Err(error) => Err(error.into()),
+            Ok(()) => Ok(fs::write(place.with_extension("boot"), boot_id())?),
+        }
     }
+}
+
+/// Whether a checkout is finished and was made in this boot of the machine: nothing is synced, so one from before a power
+/// cut may have holes. It is written again from the mirror then, where every object has its checksum.
+fn is_whole(checkout: &Path) -> bool {
+    fs::read_to_string(checkout.with_extension("boot")).is_ok_and(|boot| boot == boot_id())
+        && fs::symlink_metadata(checkout).is_ok()
 }
 
 impl Drop for Making {

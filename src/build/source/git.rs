@@ -201,7 +201,11 @@ pub fn without_credentials(url: &str) -> String {
     let (authority, path) = rest.split_at(rest.find('/').unwrap_or(rest.len()));
     let Some((user, host)) = authority.rsplit_once('@') else { return url.to_owned() };
     let user = user.split(':').next().unwrap_or_default();
-    if scheme.contains("ssh") && !user.is_empty() { format!("{scheme}://{user}@{host}{path}") } else { format!("{scheme}://{host}{path}") }
+    if scheme.contains("ssh") && !user.is_empty() {
+        format!("{scheme}://{user}@{host}{path}")
+    } else {
+        format!("{scheme}://{host}{path}")
+    }
 }
 
 /// A repository, and what has to live as long.
@@ -265,10 +269,10 @@ fn foreign(root: &Path, scratch: Option<&Path>) -> Result<Option<Opened>> {
             put(name, &bytes)?;
         }
     }
-    if let Some(name) = head.strip_prefix(b"ref:").map(<[u8]>::trim_ascii).and_then(|name| std::str::from_utf8(name).ok()) {
-        if let Ok(target) = fs::read(common.join(name)) {
-            put(name, &target)?;
-        }
+    if let Some(name) = head.strip_prefix(b"ref:").map(<[u8]>::trim_ascii).and_then(|name| std::str::from_utf8(name).ok())
+        && let Ok(target) = fs::read(common.join(name))
+    {
+        put(name, &target)?;
     }
     let open = || -> Result<Repository, git2::Error> {
         let repository = Repository::open(ours.path())?;
@@ -277,8 +281,12 @@ fn foreign(root: &Path, scratch: Option<&Path>) -> Result<Option<Opened>> {
         Ok(repository)
     };
     let repository = open().map_err(|error| {
-        Problem::failed(format!("the Git repository `{}` belongs to another user and cannot be read: {}", top.display(), error.message()))
-            .hint(format!("git config --global --add safe.directory {}", top.display()))
+        Problem::failed(format!(
+            "the Git repository `{}` belongs to another user and cannot be read: {}",
+            top.display(),
+            error.message()
+        ))
+        .hint(format!("git config --global --add safe.directory {}", top.display()))
     })?;
     Ok(Some(Opened { repository, config: common.join("config"), _borrowing: Some(ours) }))
 }
