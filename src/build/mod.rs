@@ -250,6 +250,7 @@ fn prepare_unresolved(pipeline: &Pipeline, lock: lock::Lock, base_image: Option<
 /// A builder says which Debian suites it was made for.
 fn check_suite(pipeline: &Pipeline, builder: Option<&Builder>) -> Result<()> {
     if let (Some(builder), Base::Debian(debian)) = (builder, &pipeline.base)
+        && !builder.meta.suites.is_empty()
         && !builder.meta.suites.contains(&debian.suite)
     {
         let suites: Vec<_> = builder.meta.suites.iter().map(ToString::to_string).collect();

@@ -684,12 +684,20 @@ impl Drop for Project {
     fn drop(&mut self) {
         let Some(temp) = self.temp.take() else { return };
         if !tests_are_root() && self.root.starts_with(temp.path()) && self.root.exists() {
-            // Trees belong to subordinate ids.
-            let _ = Cmd::new("unshare").args(["--user", "--map-auto", "--map-root-user", "rm", "-rf"]).arg(&self.root).run();
+            remove_tree(&self.root);
         }
         if std::thread::panicking() && std::env::var_os("PIPELINE_TEST_KEEP").is_some() {
             let _ = temp.keep();
         }
+    }
+}
+
+/// Removes a store of the tests' own user: its trees belong to subordinate ids.
+pub fn remove_tree(path: &Path) {
+    if tests_are_root() {
+        let _ = fs_err::remove_dir_all(path);
+    } else {
+        let _ = Cmd::new("unshare").args(["--user", "--map-auto", "--map-root-user", "rm", "-rf"]).arg(path).run();
     }
 }
 
@@ -739,6 +747,8 @@ fn test_store(user: User) -> PathBuf {
     root
 }
 
+/// The steps of [`Project::tiny`].
+pub const TINY_STEPS: [&str; 3] = ["base", "dependencies", "application"];
 const TINY: &str = "\
 name: tiny
 base:
