@@ -290,7 +290,7 @@ fn read_requests(build: &Build<'_>, prepared: &mut Prepared) -> Result<String> {
 /// The package sets: from the lock, or resolved now.
 fn resolve_sets(build: &Build<'_>, prepared: &mut Prepared, locked: bool) -> Result<()> {
     let mut installed = read_requests(build, prepared)?;
-    let on_image = !matches!(prepared.pipeline.base, Base::Debian(_));
+    let on_image = base::replaced(&prepared.pipeline) || !matches!(prepared.pipeline.base, Base::Debian(_));
     for wanted in prepared.requests.clone() {
         let key = wanted.request.key();
         if prepared.lock.sets.contains_key(&key) {
