@@ -259,6 +259,7 @@ fn prepare_unresolved(pipeline: &Pipeline, lock: lock::Lock, base_image: Option<
 /// A builder says which Debian suites it was made for.
 fn check_suite(pipeline: &Pipeline, builder: Option<&Builder>) -> Result<()> {
     if let (Some(builder), Base::Debian(debian)) = (builder, &pipeline.base)
+        && !builder.meta.suites.is_empty()
         && !builder.meta.suites.contains(&debian.suite)
     {
         let suites: Vec<_> = builder.meta.suites.iter().map(ToString::to_string).collect();
@@ -294,7 +295,7 @@ fn read_requests(build: &Build<'_>, prepared: &mut Prepared) -> Result<String> {
 /// The package sets: from the lock, or resolved now.
 fn resolve_sets(build: &Build<'_>, prepared: &mut Prepared, locked: bool) -> Result<()> {
     let mut installed = read_requests(build, prepared)?;
-    let on_image = !matches!(prepared.pipeline.base, Base::Debian(_));
+    let on_image = base::replaced(&prepared.pipeline) || !matches!(prepared.pipeline.base, Base::Debian(_));
     for wanted in prepared.requests.clone() {
         let key = wanted.request.key();
         if prepared.lock.sets.contains_key(&key) {
