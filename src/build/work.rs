@@ -15,7 +15,7 @@ use anyhow::{Context as _, Result};
 
 use super::inside;
 use crate::artifact::image::Layer;
-use crate::artifact::store::{Hold, Lock, Store, write_atomic};
+use crate::artifact::store::{Hold, Lock, Store, write_cache};
 use crate::error::Problem;
 use crate::fault;
 use crate::oci::compress::Compression;
@@ -183,7 +183,7 @@ pub fn adopt(store: &Store, session: &Session, diff_id: &crate::oci::digest::Dig
 }
 
 fn finish(new: &Path, dir: &Path, boot: &str) -> Result<()> {
-    write_atomic(&new.join("boot-id"), boot.as_bytes())?;
+    write_cache(&new.join("boot-id"), boot.as_bytes())?;
     fault::point("rename a tree");
     Ok(fs_err::rename(new, dir)?)
 }
