@@ -2,6 +2,7 @@
 //!
 //! ```text
 //! ROOT/version                          format of everything below
+//! ROOT/store.lock                       shared by every process that has the store open; exclusive to sweep or prune
 //! ROOT/store/oci-layout, index.json     tags: one descriptor each, `org.opencontainers.image.ref.name`
 //! ROOT/store/blobs/sha256/HEX
 //! ROOT/store/.tmp/                      blobs being written
@@ -114,11 +115,23 @@ fn open_lock(path: &Path) -> Result<std::fs::File> {
     Ok(fd.into())
 }
 
-/// The store of one user.
-#[derive(Debug, Clone)]
+/// The store of one user. While it is open nobody sweeps or prunes it.
+#[derive(Debug)]
 pub struct Store {
     root: PathBuf,
     state: PathBuf,
+    /// `store.lock`, held shared.
+    open: std::fs::File,
+}
+
+/// Nobody else has the store open while this lives.
+#[derive(Debug)]
+pub struct Alone<'a>(&'a Store);
+
+impl Drop for Alone<'_> {
+    fn drop(&mut self) {
+        let _ = rustix::fs::flock(&self.0.open, rustix::fs::FlockOperation::LockShared);
+    }
 }
 
 impl Store {
@@ -132,31 +145,50 @@ impl Store {
 
     /// [`Store::open`], with records and logs in another place.
     pub fn open_with_state(root: &Path, state: &Path) -> Result<Self> {
-        let store = Self { root: root.to_path_buf(), state: state.to_path_buf() };
-        match fs_err::read_to_string(root.join("version")) {
-            Ok(text) => {
-                let owner = fs_err::metadata(root)?.uid();
-                let uid = rustix::process::geteuid().as_raw();
-                if owner != uid {
-                    return Err(Problem::usage(format!("the store `{}` belongs to uid {owner}, and this is uid {uid}", root.display()))
-                        .hint("a store belongs to one user: use that user, or another store with `--root DIR`; images cross by `artifact export` and `artifact load`")
-                        .into());
-                }
-                let version: u32 = text.trim().parse().unwrap_or(u32::MAX);
-                if version > VERSION {
-                    return Err(Problem::usage(format!("the store `{}` has format {}, newer than this program's {VERSION}", root.display(), text.trim()))
-                        .hint("use the newer pipeline, or another store with `--root DIR`")
-                        .into());
-                }
-            }
-            Err(error) if error.kind() == std::io::ErrorKind::NotFound => store.create()?,
+        let version = match fs_err::read_to_string(root.join("version")) {
+            Ok(text) => Some(text),
+            Err(error) if error.kind() == std::io::ErrorKind::NotFound => None,
             Err(error) => return Err(error).with_context(|| format!("cannot read the store `{}`", root.display())),
+        };
+        if let Some(text) = &version {
+            check_format(root, text)?;
+        } else {
+            fs_err::create_dir_all(root)?;
+        }
+        let open = open_lock(&root.join("store.lock"))?;
+        let store = Self { root: root.to_path_buf(), state: state.to_path_buf(), open };
+        store.hold_shared()?;
+        if version.is_none() {
+            store.create()?;
         }
         Ok(store)
     }
 
+    fn hold_shared(&self) -> Result<()> {
+        loop {
+            match rustix::fs::flock(&self.open, rustix::fs::FlockOperation::LockShared) {
+                Ok(()) => return Ok(()),
+                Err(rustix::io::Errno::INTR) => {}
+                Err(error) => return Err(error).with_context(|| format!("cannot lock the store `{}`", self.root.display())),
+            }
+        }
+    }
+
+    /// The store for oneself, without waiting; `None` while another process has it open.
+    pub fn alone(&self) -> Result<Option<Alone<'_>>> {
+        match rustix::fs::flock(&self.open, rustix::fs::FlockOperation::NonBlockingLockExclusive) {
+            Ok(()) => Ok(Some(Alone(self))),
+            Err(rustix::io::Errno::WOULDBLOCK) => {
+                // A conversion that fails loses the lock it converts (flock(2)).
+                self.hold_shared()?;
+                Ok(None)
+            }
+            Err(error) => Err(error).with_context(|| format!("cannot lock the store `{}`", self.root.display())),
+        }
+    }
+
     fn create(&self) -> Result<()> {
-        for dir in ["store/blobs/sha256", "store/.tmp", "cache/steps", "cache/trees", "cache/work", "cache/listings", "cache/stat", "cache/debs", "cache/lists", "cache/git", "cache/snapshots"] {
+        for dir in ["store/blobs/sha256", "store/.tmp", "cache/steps", "cache/trees", "cache/work", "cache/listings", "cache/stat", "cache/debs", "cache/git", "cache/snapshots"] {
             fs_err::create_dir_all(self.root.join(dir))?;
         }
         for dir in ["builds", "logs"] {
@@ -341,6 +373,24 @@ impl Store {
             Err(_) => Ok(fs_err::read(&path)?),
         }
     }
+}
+
+/// A store of another user, or of a newer format, is refused.
+fn check_format(root: &Path, text: &str) -> Result<()> {
+    let owner = fs_err::metadata(root)?.uid();
+    let uid = rustix::process::geteuid().as_raw();
+    if owner != uid {
+        return Err(Problem::usage(format!("the store `{}` belongs to uid {owner}, and this is uid {uid}", root.display()))
+            .hint("a store belongs to one user: use that user, or another store with `--root DIR`; images cross by `artifact export` and `artifact load`")
+            .into());
+    }
+    let version: u32 = text.trim().parse().unwrap_or(u32::MAX);
+    if version > VERSION {
+        return Err(Problem::usage(format!("the store `{}` has format {}, newer than this program's {VERSION}", root.display(), text.trim()))
+            .hint("use the newer pipeline, or another store with `--root DIR`")
+            .into());
+    }
+    Ok(())
 }
 
 fn corrupt(expected: &Digest, found: &Digest) -> Problem {

@@ -5,6 +5,7 @@ use std::collections::BTreeMap;
 use anyhow::Result;
 use serde::Serialize;
 
+use super::Prepared;
 use super::plan::{Ingredient, Step};
 use super::record::{self, BuildRecord, BuiltStep, StepRecord};
 use super::source::listing::{Listing, changes};
@@ -46,14 +47,16 @@ pub struct Explanation {
 
 /// Compares the plan with the last build; when nothing would run, the last build with the one
 /// before it.
-pub fn explain(store: &Store, pipeline: &str, steps: &[Step], found: &[Option<StepRecord>]) -> Result<Explanation> {
+pub fn explain(store: &Store, prepared: &Prepared, steps: &[Step], found: &[Option<StepRecord>]) -> Result<Explanation> {
+    let pipeline = prepared.pipeline.name.as_str();
+    let current = prepared.listings();
     let builds = record::builds(store, pipeline)?;
     let next = found.iter().any(Option::is_none);
     let mut explained = Vec::new();
     if next || builds.is_empty() {
         for (step, found) in steps.iter().zip(found) {
             let state = if found.is_some() { State::Cached } else { State::WillRun };
-            let changes = if found.is_some() { vec![] } else { differences(store, builds.last(), &step.name, &step.ingredients)? };
+            let changes = if found.is_some() { vec![] } else { differences(store, &current, builds.last(), &step.name, &step.ingredients)? };
             explained.push(Explained { step: step.name.clone(), state, changes });
         }
     } else if let Some(last) = builds.last() {
@@ -62,7 +65,7 @@ pub fn explain(store: &Store, pipeline: &str, steps: &[Step], found: &[Option<St
         let (told, before) = (builds.get(at).unwrap_or(last), at.checked_sub(1).and_then(|at| builds.get(at)));
         for step in &told.steps {
             let state = if step.ran { State::Ran } else { State::Cached };
-            let changes = if step.ran { differences(store, before, &step.step, &step.ingredients)? } else { vec![] };
+            let changes = if step.ran { differences(store, &current, before, &step.step, &step.ingredients)? } else { vec![] };
             explained.push(Explained { step: step.step.clone(), state, changes });
         }
     }
@@ -70,16 +73,16 @@ pub fn explain(store: &Store, pipeline: &str, steps: &[Step], found: &[Option<St
 }
 
 /// Why `step` runs, in one line.
-pub fn because(store: &Store, pipeline: &str, step: &Step) -> Result<String> {
-    let builds = record::builds(store, pipeline)?;
-    let changes = differences(store, builds.last(), &step.name, &step.ingredients)?;
+pub fn because(store: &Store, prepared: &Prepared, step: &Step) -> Result<String> {
+    let builds = record::builds(store, prepared.pipeline.name.as_str())?;
+    let changes = differences(store, &prepared.listings(), builds.last(), &step.name, &step.ingredients)?;
     let more = changes.len().saturating_sub(NAMED);
     let named = changes.iter().take(NAMED).cloned().collect::<Vec<_>>().join(", ");
     Ok(if more > 0 { format!("{named} and {more} more") } else { named })
 }
 
 /// What is different from the step of that name in an earlier build.
-fn differences(store: &Store, before: Option<&BuildRecord>, name: &str, now: &[Ingredient]) -> Result<Vec<String>> {
+fn differences(store: &Store, current: &[&Listing], before: Option<&BuildRecord>, name: &str, now: &[Ingredient]) -> Result<Vec<String>> {
     let Some(before) = before else { return Ok(vec!["it was never built".into()]) };
     let Some(before): Option<&BuiltStep> = before.steps.iter().find(|step| step.step == name) else { return Ok(vec!["the step is new".into()]) };
     let old: BTreeMap<&str, &Ingredient> = before.ingredients.iter().map(|ingredient| (ingredient.name.as_str(), ingredient)).collect();
@@ -89,7 +92,7 @@ fn differences(store: &Store, before: Option<&BuildRecord>, name: &str, now: &[I
     for name in names {
         match (old.get(name), new.get(name)) {
             (Some(old), Some(new)) if old.value == new.value => {}
-            (Some(old), Some(new)) if new.listing => told.extend(files(store, name, old, new)),
+            (Some(old), Some(new)) if new.listing => told.extend(files(store, current, name, old, new)),
             (Some(old), Some(new)) => told.push(changed(name, &old.value, &new.value)),
             (None, Some(_)) => told.push(format!("{} is new", quoted(name))),
             (Some(_), None) => told.push(format!("{} is gone", quoted(name))),
@@ -129,9 +132,12 @@ fn quoted(name: &str) -> String {
     }
 }
 
-fn files(store: &Store, name: &str, old: &Ingredient, new: &Ingredient) -> Vec<String> {
+fn files(store: &Store, current: &[&Listing], name: &str, old: &Ingredient, new: &Ingredient) -> Vec<String> {
     let load = |ingredient: &Ingredient| -> Option<Listing> {
         let digest: Digest = ingredient.value.parse().ok()?;
+        if let Some(listing) = current.iter().find(|listing| listing.digest() == digest) {
+            return Some((*listing).clone());
+        }
         Listing::decode(&fs_err::read(store.cache("listings").join(digest.hex())).ok()?).ok()
     };
     match (load(old), load(new)) {
@@ -157,7 +163,7 @@ mod tests {
         let step = BuiltStep { step: "application".into(), key: Digest::of(b""), ingredients: old.clone(), ran: true, seconds: 0.0 };
         let before = BuildRecord { version: 1, pipeline: "p".into(), number: 1, digest: Digest::of(b""), time: 0, head: None, changed: 0, steps: vec![step] };
         let new = vec![ingredient("variable MODE", "2:bc"), ingredient("package python3", "3.13.2 bb"), ingredient("builder script assemble", "y"), ingredient("step base", "2"), ingredient("variable NEW", "0:")];
-        let told = differences(&store, Some(&before), "application", &new).unwrap();
+        let told = differences(&store, &[], Some(&before), "application", &new).unwrap();
         assert_eq!(
             told,
             [
@@ -169,8 +175,8 @@ mod tests {
                 "step `base` below it changed",
             ]
         );
-        assert_eq!(differences(&store, Some(&before), "application", &old).unwrap(), ["its result is no longer in the store"]);
-        assert_eq!(differences(&store, Some(&before), "other", &old).unwrap(), ["the step is new"]);
-        assert_eq!(differences(&store, None, "application", &old).unwrap(), ["it was never built"]);
+        assert_eq!(differences(&store, &[], Some(&before), "application", &old).unwrap(), ["its result is no longer in the store"]);
+        assert_eq!(differences(&store, &[], Some(&before), "other", &old).unwrap(), ["the step is new"]);
+        assert_eq!(differences(&store, &[], None, "application", &old).unwrap(), ["it was never built"]);
     }
 }

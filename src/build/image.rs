@@ -94,11 +94,11 @@ fn labels(prepared: &Prepared, base: &RunConfig) -> Result<BTreeMap<String, Stri
     let mut labels = base.labels.clone().unwrap_or_default();
     let mut set = |key: &str, value: String| labels.insert(key.into(), value);
     set("io.k8s.display-name", prepared.pipeline.name.to_string());
-    if let Some(git) = &prepared.git {
-        set("io.openshift.s2i.build.commit.id", git.last_commit.id.clone());
-        set("io.openshift.s2i.build.commit.author", git.last_commit.author.clone());
-        set("io.openshift.s2i.build.commit.date", timestamp(git.last_commit.time)?);
-        set("io.openshift.s2i.build.commit.message", git.last_commit.message.chars().take(MESSAGE_LENGTH).collect());
+    if let Some(commit) = last_commit(prepared) {
+        set("io.openshift.s2i.build.commit.id", commit.id.clone());
+        set("io.openshift.s2i.build.commit.author", commit.author.clone());
+        set("io.openshift.s2i.build.commit.date", timestamp(commit.time)?);
+        set("io.openshift.s2i.build.commit.message", commit.message.chars().take(MESSAGE_LENGTH).collect());
     }
     if let Source::Git { url, dir, .. } = &prepared.pipeline.source {
         set("io.openshift.s2i.build.source-location", super::source::git::without_credentials(url));
@@ -118,14 +118,19 @@ fn labels(prepared: &Prepared, base: &RunConfig) -> Result<BTreeMap<String, Stri
     Ok(labels)
 }
 
+/// The last commit that touched the source.
+fn last_commit(prepared: &Prepared) -> Option<&super::source::git::Commit> {
+    prepared.git.as_ref()?.last_commit.as_ref()
+}
+
 /// `org.opencontainers.image.*` (image specification, "Annotations").
 fn annotations(prepared: &Prepared, created: i64) -> Result<BTreeMap<String, String>> {
     let mut annotations = BTreeMap::from([
         ("org.opencontainers.image.created".to_string(), timestamp(created)?),
         ("org.opencontainers.image.title".to_string(), prepared.pipeline.name.to_string()),
     ]);
-    if let Some(git) = &prepared.git {
-        annotations.insert("org.opencontainers.image.revision".into(), git.last_commit.id.clone());
+    if let Some(commit) = last_commit(prepared) {
+        annotations.insert("org.opencontainers.image.revision".into(), commit.id.clone());
     }
     if let Source::Git { url, .. } = &prepared.pipeline.source {
         annotations.insert("org.opencontainers.image.source".into(), super::source::git::without_credentials(url));

@@ -50,6 +50,13 @@ pub struct Pack {
     pub normalise: Option<Origin>,
 }
 
+impl std::fmt::Debug for Pack {
+    /// Never the secrets.
+    fn fmt(&self, f: &mut std::fmt::Formatter<'_>) -> std::fmt::Result {
+        f.debug_struct("Pack").field("options", &self.options).finish_non_exhaustive()
+    }
+}
+
 /// What a pack gave.
 #[derive(Debug, Serialize, Deserialize)]
 pub struct PackedLayer {

@@ -68,11 +68,21 @@ impl Build<'_> {
 
     /// Starts an unshare process.
     pub fn session(&self, interactive: bool) -> Result<Session> {
-        Session::start(&sandbox::Options {
-            program: self.host.program.clone(),
-            own_network: false,
-            interactive,
-            fault: self.host.fault_inside,
+        self.start_session(false, interactive)
+    }
+
+    /// Starts an unshare process; where this machine refuses, the checks of `doctor` say why.
+    pub fn start_session(&self, own_network: bool, interactive: bool) -> Result<Session> {
+        let options = sandbox::Options { program: self.host.program.clone(), own_network, interactive, fault: self.host.fault_inside };
+        Session::start(&options).map_err(|error| {
+            let uid = rustix::process::geteuid().as_raw();
+            let user = sandbox::user_name_of(uid).unwrap_or_else(|| uid.to_string());
+            let env = sandbox::probe::ProbeEnv::new(self.host.path.clone(), uid, user, self.store.root().to_path_buf(), self.host.program.clone());
+            let mut problem = Problem::failed("this machine does not let pipeline make its sandbox");
+            for check in sandbox::probe::probe(&env).into_iter().filter(sandbox::probe::Check::blocks) {
+                problem = problem.hint(format!("{}: {}{}", check.name, check.detail, check.fix.map(|fix| format!("; {fix}")).unwrap_or_default()));
+            }
+            error.context(problem)
         })
     }
 }
@@ -119,6 +129,11 @@ impl Prepared {
     pub fn set(&self, step: &str) -> Result<&lock::Set> {
         let wanted = self.requests.iter().find(|wanted| wanted.step == step).context("a step with packages")?;
         self.lock.sets.get(&wanted.request.key()).context("a locked set")
+    }
+
+    /// The source's listings, as they are now.
+    pub fn listings(&self) -> Vec<&Listing> {
+        [&self.listing, &self.lock_files].into_iter().flatten().collect()
     }
 
     fn set_input(&self, step: &str) -> Option<SetInput> {
@@ -173,6 +188,8 @@ pub struct BuiltStepSummary {
     pub key: Digest,
     pub ran: bool,
     pub seconds: f64,
+    /// How much of `seconds` was the script's own.
+    pub script_seconds: f64,
     /// Bytes of the layer's blob.
     pub bytes: u64,
 }
@@ -318,12 +335,15 @@ fn read_source(build: &Build<'_>, prepared: &mut Prepared) -> Result<()> {
     let (root, checkout) = match &prepared.pipeline.source {
         Source::Path(path) => (path.clone(), None),
         Source::Git { url, reference, dir, submodules } => {
+            let ssh_keys: Vec<PathBuf> =
+                build.host.home.iter().flat_map(|home| ["id_ed25519", "id_ecdsa", "id_rsa"].map(|name| home.join(".ssh").join(name))).collect();
             let request = source::fetch::Request {
                 url,
                 reference: reference.as_deref(),
+                dir: dir.as_deref(),
                 submodules: *submodules,
-                cache_dir: &build.store.cache("git"),
-                home: build.host.home.as_deref(),
+                ssh_keys: &ssh_keys,
+                cache: &build.store.cache("git"),
             };
             let checkout = source::fetch::fetch(&request)?;
             let root = dir.as_ref().map_or_else(|| checkout.path.clone(), |dir| checkout.path.join(dir));
@@ -340,7 +360,7 @@ fn read_source(build: &Build<'_>, prepared: &mut Prepared) -> Result<()> {
     let scan = source::scan::scan(&root, &options)?;
     let digest = scan.listing.digest();
     prepared.git = match &checkout {
-        Some(checkout) => Some(checkout.state(prepared_dir(&prepared.pipeline))?),
+        Some(checkout) => Some(checkout.state.clone()),
         None => source::git::state(&root, &digest, Some(&build.store.cache("stat").join(format!("{cache_name}.git"))))?,
     };
     if let Some(git) = &prepared.git
@@ -349,7 +369,7 @@ fn read_source(build: &Build<'_>, prepared: &mut Prepared) -> Result<()> {
         let files = if git.changed == 1 { "1 file differs".to_string() } else { format!("{} files differ", git.changed) };
         build.progress.warn(format!("the work tree is built as it lies: {files} from commit {}", &git.head[..git.head.len().min(12)]));
     }
-    prepared.source_epoch = build.host.source_date_epoch.or_else(|| prepared.git.as_ref().map(|git| git.last_commit.time)).unwrap_or(plan::FIXED_EPOCH);
+    prepared.source_epoch = build.host.source_date_epoch.or_else(|| prepared.git.as_ref().and_then(|git| git.last_commit.as_ref()).map(|commit| commit.time)).unwrap_or(plan::FIXED_EPOCH);
     if let Some(dependencies) = prepared.builder.as_ref().and_then(|builder| builder.meta.dependencies.as_ref()) {
         prepared.lock_files = Some(scan.listing.filter(&dependencies.inputs)?);
     }
@@ -357,13 +377,6 @@ fn read_source(build: &Build<'_>, prepared: &mut Prepared) -> Result<()> {
     prepared.listing = Some(scan.listing);
     prepared.source_root = Some(root);
     Ok(())
-}
-
-fn prepared_dir(pipeline: &Pipeline) -> Option<&Path> {
-    match &pipeline.source {
-        Source::Git { dir, .. } => dir.as_deref(),
-        Source::Path(_) => None,
-    }
 }
 
 /// `.s2i/environment`: `NAME=VALUE` lines; one pair of quotes around a value is taken off, as the
@@ -409,7 +422,6 @@ fn read_configure(prepared: &mut Prepared) -> Result<()> {
         };
         prepared.configure.push(digest);
     }
-    // Without a builder the configure steps are dated by their newest commit's folder: the pipeline's own.
     Ok(())
 }
 
@@ -447,6 +459,7 @@ pub fn build(build: &Build<'_>, pipeline: &Pipeline, options: &Options) -> Resul
         steps = prepared.plan()?;
     }
     let cached = found.iter().filter(|found| found.is_some()).count();
+    tell_age(build, &prepared);
     build.progress.event(Event::Plan { pipeline: pipeline.name.to_string(), steps: steps.iter().map(|step| step.name.clone()).collect(), cached });
     let results = if cached == steps.len() {
         sweep_leftovers(build)?;
@@ -462,9 +475,20 @@ pub fn build(build: &Build<'_>, pipeline: &Pipeline, options: &Options) -> Resul
     finish(build, &prepared, &steps, results, options, started)
 }
 
+/// Says how old the locked packages are (DESIGN section 7, contract 11).
+fn tell_age(build: &Build<'_>, prepared: &Prepared) {
+    let oldest = prepared.requests.iter().filter_map(|wanted| prepared.lock.sets.get(&wanted.request.key())).map(|set| set.resolved.as_str()).min();
+    let Some(resolved) = oldest.and_then(|date| date.parse::<jiff::Timestamp>().ok()) else { return };
+    let days = (build.host.now - resolved.as_second()) / 86_400;
+    if days >= 1 {
+        let date = resolved.strftime("%Y-%m-%d");
+        build.progress.note(format!("packages as locked on {date}, {days} day{} ago; `pipeline update` moves them", if days == 1 { "" } else { "s" }));
+    }
+}
+
 /// Removes what killed builds left, when nobody else is building.
 fn sweep_leftovers(build: &Build<'_>) -> Result<()> {
-    if !work::leftovers(build.store)? || Lock::try_now(&build.store.cache("work.lock"), Hold::Exclusive)?.is_none() {
+    if !work::leftovers(build.store)? || build.store.alone()?.is_none() {
         return Ok(());
     }
     let session = build.session(false)?;
@@ -523,7 +547,7 @@ fn one_step(build: &Build<'_>, runner: &steps::Runner<'_>, step: &Step, below: &
         build.progress.event(Event::StepEnd { step: name, outcome: Outcome::Cached, seconds: 0.0, bytes: record.bytes() });
         return Ok((*record, false));
     }
-    let because = explain::because(build.store, runner.prepared.pipeline.name.as_str(), step)?;
+    let because = explain::because(build.store, runner.prepared, step)?;
     build.progress.event(Event::StepStart { step: name.clone(), because });
     let started = Instant::now();
     match runner.run(step, below, build.progress) {
@@ -548,7 +572,7 @@ fn finish(build: &Build<'_>, prepared: &Prepared, steps: &[Step], results: Vec<(
     refuse_secrets_in_config(prepared, &recipe)?;
     let descriptor: Descriptor = crate::artifact::image::write(build.store, &recipe)?;
     let name = format!("{}:latest", prepared.pipeline.name);
-    let summary = results.iter().map(|(record, ran)| BuiltStepSummary { step: record.step.clone(), key: record.key, ran: *ran, seconds: if *ran { record.seconds } else { 0.0 }, bytes: record.bytes() });
+    let summary = results.iter().map(|(record, ran)| BuiltStepSummary { step: record.step.clone(), key: record.key, ran: *ran, seconds: if *ran { record.seconds } else { 0.0 }, script_seconds: if *ran { record.script_seconds } else { 0.0 }, bytes: record.bytes() });
     let built = Built {
         schema: 1,
         name: name.clone(),
@@ -576,7 +600,7 @@ fn refuse_secrets_in_config(prepared: &Prepared, recipe: &crate::artifact::image
 }
 
 fn remember(build: &Build<'_>, prepared: &Prepared, steps: &[Step], results: &[(StepRecord, bool)], digest: Digest) -> Result<()> {
-    for listing in [&prepared.listing, &prepared.lock_files].into_iter().flatten() {
+    for listing in prepared.listings() {
         let path = build.store.cache("listings").join(listing.digest().hex());
         if !path.exists() {
             crate::artifact::store::write_atomic(&path, &listing.encode())?;

@@ -118,8 +118,8 @@ pub fn prune(build: &Build<'_>, keep: usize, locks: &[lock::Lock], dry_run: bool
         return Ok(pruned);
     }
     // A build that runs may be about to use what looks unneeded.
-    let Some(_alone) = Lock::try_now(&build.store.cache("work.lock"), Hold::Exclusive)? else {
-        return Err(Problem::transient("a build is running on this store").hint("try again when it has ended; `--dry-run` works any time").into());
+    let Some(_alone) = build.store.alone()? else {
+        return Err(Problem::transient("another pipeline is at work on this store").hint("try again when it has ended; `--dry-run` works any time").into());
     };
     let _index = build.store.lock_index()?;
     for item in pruned.unneeded.clone() {

@@ -34,6 +34,9 @@ pub struct StepRecord {
     /// Device nodes and sockets that did not go into the layer.
     pub dropped: Vec<String>,
     pub seconds: f64,
+    /// How much of `seconds` was the script's own.
+    #[serde(default)]
+    pub script_seconds: f64,
     pub log: Option<PathBuf>,
     /// Stat data of each layer's blob when it was last known to be good.
     stamps: Vec<Stamp>,
@@ -66,7 +69,7 @@ pub enum Found {
 
 impl StepRecord {
     pub fn new(step: &str, key: Digest, ingredients: Vec<Ingredient>, layers: Vec<Layer>) -> Self {
-        Self { version: VERSION, step: step.into(), key, ingredients, layers, config: None, dropped: Vec::new(), seconds: 0.0, log: None, stamps: Vec::new() }
+        Self { version: VERSION, step: step.into(), key, ingredients, layers, config: None, dropped: Vec::new(), seconds: 0.0, script_seconds: 0.0, log: None, stamps: Vec::new() }
     }
 
     pub fn save(&mut self, store: &Store) -> Result<()> {

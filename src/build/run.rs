@@ -66,12 +66,7 @@ pub fn run(build: &Build<'_>, digest: &Digest, options: &Options, stdio: [Borrow
     let layers = image::layers(build.store, digest)?;
     let config = config.config;
     let (port, listener) = publish(build, &config, options)?;
-    let session = Session::start(&sandbox::Options {
-        program: build.host.program.clone(),
-        own_network: !options.host_network,
-        interactive: options.interactive,
-        fault: build.host.fault_inside,
-    })?;
+    let session = build.start_session(!options.host_network, options.interactive)?;
     let work = Work::take(build.store, None, &|path| session.call("remove", &path))?;
     let result = (|| {
         let trees: Vec<Tree> = layers.iter().map(|layer| work::tree(build.store, &session, layer)).collect::<Result<_>>()?;

@@ -76,6 +76,7 @@ impl Runner<'_> {
             }
         };
         record.seconds = started.elapsed().as_secs_f64();
+        record.script_seconds = log.script_seconds;
         record.log = Some(log.path.clone());
         record.save(self.store)?;
         Ok(record)
@@ -213,17 +214,17 @@ impl Runner<'_> {
             } else {
                 self.session.call::<_, ()>("seed", &Seed { dir: place.upper.clone(), files })?;
             }
-            spec.env.splice(0..0, builder.meta.env.clone());
+            prefer(&mut spec.env, builder.meta.env.clone(), &self.prepared.pipeline.build.env);
         } else {
             let config = below.iter().find_map(|record| record.config.clone()).unwrap_or_default();
             let s2i = S2iImage::of(&config)?;
-            spec.env.splice(0..0, config.variables());
+            prefer(&mut spec.env, config.variables(), &self.prepared.pipeline.build.env);
             spec.user = s2i.user;
             spec.cwd = if config.working_dir.is_empty() { "/".into() } else { config.working_dir };
             (destination, scripts) = (s2i.destination, s2i.scripts);
         }
         if !dependencies {
-            spec.env.extend(self.prepared.s2i_environment.clone());
+            prefer(&mut spec.env, self.prepared.s2i_environment.clone(), &self.prepared.pipeline.build.env);
         }
         self.place_source(&mut spec, &snapshot.path, &destination, place)?;
         if dependencies || self.prepared.pipeline.build.network == Network::Host {
@@ -274,7 +275,7 @@ impl Runner<'_> {
         let name = path.file_name().context("a file")?.to_string_lossy().into_owned();
         let mut spec = self.spec(step, lowers, place)?;
         if let Some(builder) = &self.prepared.builder {
-            spec.env.splice(0..0, builder.meta.env.clone());
+            prefer(&mut spec.env, builder.meta.env.clone(), &self.prepared.pipeline.build.env);
         }
         let what = match configure {
             Configure::Shell(_) => {
@@ -345,7 +346,9 @@ impl Runner<'_> {
 
     /// Runs the command of a step; a failure tells its status, its last lines and the log.
     fn execute(&self, step: &Step, what: &str, spec: &RunSpec, log: &mut Log<'_>) -> Result<()> {
+        let started = Instant::now();
         let exit = self.session.run(spec, &mut |bytes| log.write(bytes))?;
+        log.script_seconds = started.elapsed().as_secs_f64();
         log.flush();
         let how = match exit {
             Exit::Code(0) => return Ok(()),
@@ -416,6 +419,16 @@ impl S2iImage {
     }
 }
 
+/// Sets `variables` over what is there, but for those the pipeline file sets itself.
+fn prefer(env: &mut Vec<(String, String)>, variables: impl IntoIterator<Item = (String, String)>, own: &std::collections::BTreeMap<String, String>) {
+    for (name, value) in variables {
+        if !own.contains_key(&name) {
+            env.retain(|(known, _)| *known != name);
+            env.push((name, value));
+        }
+    }
+}
+
 fn set_mode(path: &Path, mode: u32) -> Result<()> {
     Ok(fs_err::set_permissions(path, std::os::unix::fs::PermissionsExt::from_mode(mode))?)
 }
@@ -438,6 +451,7 @@ struct Log<'a> {
     finder: &'a secret::Finder,
     partial: Vec<u8>,
     last: VecDeque<String>,
+    script_seconds: f64,
 }
 
 impl<'a> Log<'a> {
@@ -446,7 +460,7 @@ impl<'a> Log<'a> {
         fs_err::create_dir_all(&dir)?;
         let path = dir.join(format!("{}-{}.log", step.name, step.key.short()));
         let file = fs_err::File::create(&path)?;
-        Ok(Self { path, file, step: step.name.clone(), progress, finder: runner.finder, partial: Vec::new(), last: VecDeque::new() })
+        Ok(Self { path, file, step: step.name.clone(), progress, finder: runner.finder, partial: Vec::new(), last: VecDeque::new(), script_seconds: 0.0 })
     }
 
     fn write(&mut self, bytes: &[u8]) {

@@ -1,7 +1,6 @@
 //! The work folder of a build, and the trees that steps stand on.
 //!
 //! ```text
-//! cache/work.lock            shared by every build that runs; exclusive to sweep
 //! cache/work/PID-N/          one build's work: upper directories, overlay folders, scratch
 //! cache/trees/HEX/root       a layer unpacked, named by its diffID
 //! cache/trees/HEX/boot-id    the boot it was written in
@@ -27,7 +26,6 @@ use crate::sandbox::Session;
 #[derive(Debug)]
 pub struct Work {
     dir: PathBuf,
-    _lock: Lock,
 }
 
 impl Work {
@@ -36,18 +34,15 @@ impl Work {
     pub fn take(store: &Store, base: Option<&Path>, remover: &dyn Fn(&Path) -> Result<()>) -> Result<Self> {
         let base = base.map_or_else(|| store.cache("work"), Path::to_path_buf);
         fs_err::create_dir_all(&base)?;
-        let path = store.cache("work.lock");
-        if let Some(lock) = Lock::try_now(&path, Hold::Exclusive)? {
+        if let Some(_alone) = store.alone()? {
             sweep(store, &base, remover)?;
-            drop(lock);
         }
-        let lock = Lock::wait(&path, Hold::Shared)?;
         let dir = tempfile::Builder::new()
             .prefix(&format!("{}-", std::process::id()))
             .tempdir_in(&base)
             .with_context(|| Problem::failed(format!("cannot make a work folder in `{}`", base.display())))?
             .keep();
-        Ok(Self { dir, _lock: lock })
+        Ok(Self { dir })
     }
 
     pub fn dir(&self) -> &Path {

@@ -19,7 +19,7 @@ pub fn run(global: &Global, args: Args) -> Result<u8> {
     let prepared = build::prepare(&context, &pipeline, false)?;
     let steps = prepared.plan()?;
     let found = build::look_up(&context, &steps)?;
-    let explanation = explain::explain(&around.store, pipeline.name.as_str(), &steps, &found)?;
+    let explanation = explain::explain(&around.store, &prepared, &steps, &found)?;
     ui::answer(global, &explanation, || text(&explanation))?;
     Ok(0)
 }

@@ -41,9 +41,10 @@ pub fn show(global: &Global, name: Option<&str>) -> Result<u8> {
     let context = around.build();
     let prepared = build::prepare(&context, &pipeline, false);
     around.progress.finish();
-    let steps = prepared?.plan()?;
+    let prepared = prepared?;
+    let steps = prepared.plan()?;
     let found = build::look_up(&context, &steps)?;
-    let because: Vec<String> = steps.iter().map(|step| explain::because(&around.store, pipeline.name.as_str(), step)).collect::<Result<_>>()?;
+    let because: Vec<String> = steps.iter().map(|step| explain::because(&around.store, &prepared, step)).collect::<Result<_>>()?;
     let planned = steps.iter().zip(&found).zip(&because).map(|((step, found), because)| Planned {
         step,
         cached: found.is_some(),

@@ -106,11 +106,7 @@ fn unshare(flags: UnshareFlags) -> rustix::io::Result<()> {
 }
 
 fn refused(error: rustix::io::Errno) -> anyhow::Error {
-    Problem::failed(format!("this machine refuses a new user namespace: {error}"))
-        .hint("on Ubuntu 24.04: sysctl -w kernel.apparmor_restrict_unprivileged_userns=0, or an AppArmor profile for pipeline")
-        .hint("in a container: `--security-opt seccomp=unconfined --security-opt apparmor=unconfined --security-opt systempaths=unconfined`")
-        .hint("`pipeline doctor` looks for the cause")
-        .into()
+    Problem::failed(format!("unshare: a new user namespace is refused: {error}")).hint("`pipeline doctor` looks for the cause").into()
 }
 
 fn become_root() -> Result<()> {

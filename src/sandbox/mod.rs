@@ -94,10 +94,7 @@ impl Session {
             running.push(pid);
         }
         let session = Self { channel: Channel(ours), child: Mutex::new(Some(child)) };
-        session.wait_done().map_err(|error| match crate::error::exit_code(&error) {
-            70 => error,
-            _ => error.context("cannot enter a user namespace"),
-        })?;
+        session.wait_done()?;
         map_ids(pid)?;
         session.channel.send(&"mapped", &[])?;
         session.wait_done()?;

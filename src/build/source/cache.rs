@@ -178,11 +178,11 @@ impl<'a> Ahead<'a> {
             if self.reached.load(Ordering::Relaxed) >= at {
                 return;
             }
-            if matches!(record.known, Known::File { .. }) {
-                if let Ok(stat) = rustix::fs::statat(root, path.as_slice(), AtFlags::SYMLINK_NOFOLLOW) {
-                    // Set by nobody else.
-                    let _ = self.stamps[at].set(Stamp::of(&stat));
-                }
+            if matches!(record.known, Known::File { .. })
+                && let Ok(stat) = rustix::fs::statat(root, path.as_slice(), AtFlags::SYMLINK_NOFOLLOW)
+            {
+                // Set by nobody else.
+                let _ = self.stamps[at].set(Stamp::of(&stat));
             }
         }
     }
@@ -216,8 +216,8 @@ impl<'a> Writer<'a> {
         if let Some(file) = self.file.filter(|_| self.temporary.is_none()) {
             let folder = file.parent().context("the stat cache has no folder")?;
             fs_err::create_dir_all(folder)?;
-            let temporary =
-                NamedTempFile::new_in(folder).with_context(|| format!("cannot write the stat cache in `{}`", folder.display()))?;
+            let temporary = NamedTempFile::new_in(folder)
+                .with_context(|| format!("cannot write the stat cache in `{}`", folder.display()))?;
             let stat = temporary.as_file().metadata()?;
             self.began = stat.mtime().wrapping_mul(1_000_000_000).wrapping_add(stat.mtime_nsec());
             self.temporary = Some(temporary);
@@ -293,7 +293,10 @@ mod tests {
             Known::Out { directory: true, listed: false },
             Known::Out { directory: false, listed: true },
         ];
-        all.into_iter().enumerate().map(|(at, known)| (format!("path-{at}").into_bytes(), Record { ignored: at % 2 == 1, known })).collect()
+        all.into_iter()
+            .enumerate()
+            .map(|(at, known)| (format!("path-{at}").into_bytes(), Record { ignored: at % 2 == 1, known }))
+            .collect()
     }
 
     #[test]

@@ -28,7 +28,10 @@ impl Cache {
 
     fn fetch(&self, url: &str, reference: &str) -> Checkout {
         let taken = fetch(&self.request(url, reference)).unwrap();
-        assert_eq!(fs::read_dir(self.dir.path().join("making")).map_or(0, Iterator::count), usize::from(self.dir.path().join("making").exists()));
+        assert_eq!(
+            fs::read_dir(self.dir.path().join("making")).map_or(0, Iterator::count),
+            usize::from(self.dir.path().join("making").exists())
+        );
         taken
     }
 }
@@ -84,8 +87,11 @@ impl Daemon {
                 }
                 count.fetch_add(1, Ordering::SeqCst);
                 let stream = std::os::fd::OwnedFd::from(stream.unwrap());
-                let daemon = Cmd::new("git").args(["-c", "safe.directory=*", "daemon", "--inetd", "--export-all"]).arg(format!("--base-path={base}"));
-                let daemon = daemon.stdin(Stdio::from(stream.try_clone().unwrap())).stdout(Stdio::from(stream)).stderr(Stdio::null());
+                let daemon = Cmd::new("git")
+                    .args(["-c", "safe.directory=*", "daemon", "--inetd", "--export-all"])
+                    .arg(format!("--base-path={base}"));
+                let daemon =
+                    daemon.stdin(Stdio::from(stream.try_clone().unwrap())).stdout(Stdio::from(stream)).stderr(Stdio::null());
                 children.push(daemon.spawn().unwrap());
             }
             children.iter_mut().for_each(|child| drop(child.wait()));
@@ -146,7 +152,8 @@ fn branches_tags_and_commits() {
             for cache in [&Cache::new(), &shared] {
                 let taken = cache.fetch(&url, reference);
                 assert_eq!((&taken.commit, taken.state.branch.as_deref()), (*expected, *branch), "{url} {reference}");
-                let (text, run) = if *expected == &third { ("side", "#!2") } else { ("1", if *expected == &first { "#!" } else { "#!2" }) };
+                let (text, run) =
+                    if *expected == &third { ("side", "#!2") } else { ("1", if *expected == &first { "#!" } else { "#!2" }) };
                 assert_eq!(files(&taken.path), texts(&[("app/a", text), ("link", "-> run"), ("run", run)]), "{url} {reference}");
                 let wanted = resolve(&cache.request(&url, reference)).unwrap();
                 let abbreviated = reference.len() < 40 && expected.starts_with(reference) && !reference.is_empty();
@@ -161,7 +168,8 @@ fn the_state_is_that_of_the_folder() {
     let (repo, [first, second, _]) = history();
     let daemon = Daemon::start(&repo.path());
     for url in [repo.url(), daemon.url()] {
-        for (dir, expected) in [("app", commit(&first, "one")), ("./app/", commit(&first, "one")), (".", commit(&second, "two"))] {
+        for (dir, expected) in [("app", commit(&first, "one")), ("./app/", commit(&first, "one")), (".", commit(&second, "two"))]
+        {
             let cache = Cache::new();
             let taken = fetch(&Request { dir: Some(Path::new(dir)), ..cache.request(&url, "main") }).unwrap();
             let state = GitState {
@@ -194,8 +202,8 @@ fn history_is_fetched_as_far_as_it_is_needed() {
     let url = daemon.url();
     let cache = Cache::new();
     let commits = || {
-        let mirrors = fs::read_dir(cache.dir.path().join("mirrors")).unwrap().map(|entry| entry.unwrap().path());
-        let mirror = mirrors.filter(|path| path.extension().is_some_and(|kind| kind == "git")).next().unwrap();
+        let mut mirrors = fs::read_dir(cache.dir.path().join("mirrors")).unwrap().map(|entry| entry.unwrap().path());
+        let mirror = mirrors.find(|path| path.extension().is_some_and(|kind| kind == "git")).unwrap();
         git(&mirror, &["rev-list", "--all", "--count"])
     };
     let taken = cache.fetch(&url, "main");
@@ -268,7 +276,10 @@ fn a_submodule_that_cannot_be_had_is_named() {
     repo.git(&["rm", "-q", "--cached", "other"]);
     repo.git(&["commit", "-q", "-m", "one link"]);
     let error = fetch(&cache.request(&url, "")).unwrap_err();
-    assert!(format!("{error:#}").contains("cannot fetch the submodule `lib`: there is no repository `file:///no/such/repository`"), "{error:#}");
+    assert!(
+        format!("{error:#}").contains("cannot fetch the submodule `lib`: there is no repository `file:///no/such/repository`"),
+        "{error:#}"
+    );
     assert_eq!(fs::read_dir(cache.dir.path().join("making")).unwrap().count(), 1, "only the lock is left");
 }
 
@@ -286,8 +297,20 @@ fn what_cannot_be_fetched_is_explained() {
     let (url, none) = (repo.url(), "0123456789012345678901234567890123456789");
     let cases: [(&str, &str, Kind, String, &str); 9] = [
         (&url, "v2", Kind::Failed, format!("`{url}` has no branch, tag or commit `v2`"), "did you mean `v1`?"),
-        (&url, "side/brunch", Kind::Failed, format!("`{url}` has no branch, tag or commit `side/brunch`"), "did you mean `side/branch`?"),
-        (&url, "something-else", Kind::Failed, format!("`{url}` has no branch, tag or commit `something-else`"), "`git ls-remote` shows"),
+        (
+            &url,
+            "side/brunch",
+            Kind::Failed,
+            format!("`{url}` has no branch, tag or commit `side/brunch`"),
+            "did you mean `side/branch`?",
+        ),
+        (
+            &url,
+            "something-else",
+            Kind::Failed,
+            format!("`{url}` has no branch, tag or commit `something-else`"),
+            "`git ls-remote` shows",
+        ),
         (&url, "0123456", Kind::Failed, format!("`{url}` has no branch, tag or commit `0123456`"), "`git ls-remote` shows"),
         (&url, none, Kind::Failed, format!("`{url}` has no branch, tag or commit `{none}`"), "`git ls-remote` shows"),
         (&empty.url(), "", Kind::Failed, format!("the repository `{}` is empty", empty.url()), "push a commit"),
@@ -308,19 +331,34 @@ fn what_cannot_be_fetched_is_explained() {
 #[test]
 fn errors_of_libgit2_by_their_words() {
     let cases = [
-        (ErrorCode::GenericError, ErrorClass::Net, "failed to resolve address for git.example.org: Name or service not known", Kind::Transient, "cannot reach"),
+        (
+            ErrorCode::GenericError,
+            ErrorClass::Net,
+            "failed to resolve address for git.example.org: Name or service not known",
+            Kind::Transient,
+            "cannot reach",
+        ),
         (ErrorCode::GenericError, ErrorClass::Http, "unexpected http status code: 503", Kind::Transient, "cannot reach"),
         (ErrorCode::GenericError, ErrorClass::Http, "unexpected http status code: 404", Kind::Failed, "there is no repository"),
         (ErrorCode::GenericError, ErrorClass::Http, "unexpected http status code: 403", Kind::Failed, "refuses access"),
         (ErrorCode::Auth, ErrorClass::Http, "remote authentication required but no callback set", Kind::Failed, "refuses access"),
-        (ErrorCode::Auth, ErrorClass::Ssh, "failed to authenticate SSH session: connection closed", Kind::Failed, "refuses access"),
+        (
+            ErrorCode::Auth,
+            ErrorClass::Ssh,
+            "failed to authenticate SSH session: connection closed",
+            Kind::Failed,
+            "refuses access",
+        ),
         (ErrorCode::Certificate, ErrorClass::Ssl, "the SSL certificate is invalid", Kind::Failed, "cannot prove who it is"),
         (ErrorCode::GenericError, ErrorClass::Net, "ERROR: Repository not found.", Kind::Failed, "there is no repository"),
     ];
     for (code, class, message, kind, expected) in cases {
         let problem = explain("https://user:secret@git.example.org/a.git", &git2::Error::new(code, class, message));
         assert_eq!(problem.kind, kind, "{message}");
-        assert!(problem.message.contains(expected) && problem.message.ends_with(message) && !problem.message.contains("secret"), "{problem}");
+        assert!(
+            problem.message.contains(expected) && problem.message.ends_with(message) && !problem.message.contains("secret"),
+            "{problem}"
+        );
         assert_eq!(problem.hints.len(), 1, "{message}");
     }
 }
@@ -369,6 +407,23 @@ fn a_killed_checkout_is_removed_by_the_next() {
     let _lock = lock(&held.join("lock"), FlockOperation::LockExclusive).unwrap();
     fetch(&cache.request(&repo.url(), "main")).unwrap();
     assert_eq!((left.exists(), held.exists()), (false, true));
+}
+
+#[test]
+fn a_checkout_of_another_boot_is_written_again() {
+    let (repo, [first, ..]) = history();
+    let cache = Cache::new();
+    let path = cache.fetch(&repo.url(), &first).path;
+    for (name, breaks) in [
+        ("another boot", (|path| fs::write(path.with_extension("boot"), "other").unwrap()) as fn(&Path)),
+        ("killed before the mark", |path| fs::remove_file(path.with_extension("boot")).unwrap()),
+        ("gone", |path| fs::remove_dir_all(path).unwrap()),
+    ] {
+        fs::write(path.join("run"), "").unwrap();
+        breaks(&path);
+        assert_eq!(cache.fetch(&repo.url(), &first).path, path);
+        assert_eq!(files(&path), texts(&[("app/a", "1"), ("link", "-> run"), ("run", "#!")]), "{name}");
+    }
 }
 
 #[test]

@@ -138,7 +138,7 @@ fn hash(reader: &mut impl io::Read, hasher: &mut Hasher, buffer: &mut [u8]) -> i
 }
 
 pub(super) fn zeros(hasher: &mut Hasher, mut length: u64) {
-    const ZEROS: [u8; 64 * 1024] = [0; 64 * 1024];
+    static ZEROS: [u8; 64 * 1024] = [0; 64 * 1024];
     while length > 0 {
         let step = length.min(ZEROS.len() as u64);
         hasher.update(&ZEROS[..usize::try_from(step).expect("64 KiB")]);
@@ -255,7 +255,9 @@ mod tests {
         let dir = tempfile::tempdir().unwrap();
         let pointer = "version https://git-lfs.github.com/spec/v1\noid sha256:aa\nsize 1\n";
         let large = format!("{pointer}{}", "x".repeat(1000));
-        for (name, text, expected) in [("pointer", pointer, true), ("large", &large, false), ("other", "version 1", false), ("empty", "", false)] {
+        for (name, text, expected) in
+            [("pointer", pointer, true), ("large", &large, false), ("other", "version 1", false), ("empty", "", false)]
+        {
             fs_err::write(dir.path().join(name), text).unwrap();
             assert_eq!(content(&dir.path().join(name)).lfs_pointer, expected, "{name}");
         }

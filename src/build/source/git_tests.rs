@@ -126,20 +126,32 @@ fn files_that_differ_are_counted_in_the_folder_only() {
         ("in a folder with a glob for a name", &|| repo.write("app [x]/y", "2"), 0),
         ("modified", &|| repo.write("app/modified", "2"), 1),
         ("deleted", &|| fs::remove_file(repo.path().join("app/deleted")).unwrap(), 2),
-        ("new ones, in a new folder", &|| {
-            repo.write("app/new/a", "");
-            repo.write("app/new/b", "");
-        }, 4),
+        (
+            "new ones, in a new folder",
+            &|| {
+                repo.write("app/new/a", "");
+                repo.write("app/new/b", "");
+            },
+            4,
+        ),
         ("ignored", &|| repo.write("app/x.log", ""), 4),
-        ("staged", &|| {
-            repo.write("app/staged", "2");
-            repo.git(&["add", "app/staged"]);
-        }, 5),
-        ("listed in .s2iignore, itself new", &|| {
-            repo.write("app/.s2iignore", "doc\n");
-            repo.write("app/doc/listed", "2");
-            repo.write("app/doc/new", "2");
-        }, 6),
+        (
+            "staged",
+            &|| {
+                repo.write("app/staged", "2");
+                repo.git(&["add", "app/staged"]);
+            },
+            5,
+        ),
+        (
+            "listed in .s2iignore, itself new",
+            &|| {
+                repo.write("app/.s2iignore", "doc\n");
+                repo.write("app/doc/listed", "2");
+                repo.write("app/doc/new", "2");
+            },
+            6,
+        ),
     ];
     for (name, edit, expected) in cases {
         edit();

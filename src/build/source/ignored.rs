@@ -40,7 +40,10 @@ impl Rules {
             return above;
         }
         let mut hasher = Hasher::new();
-        hasher.field(above.as_ref().map_or([0; 32], |above| *above.digest.bytes())).field((skip as u64).to_le_bytes()).field(&text);
+        hasher
+            .field(above.as_ref().map_or([0; 32], |above| *above.digest.bytes()))
+            .field((skip as u64).to_le_bytes())
+            .field(&text);
         Some(Rc::new(Rules { above, skip, text, compiled: OnceCell::new(), digest: hasher.finish() }))
     }
 
@@ -277,7 +280,8 @@ impl S2iIgnore {
     pub fn lists(&self, path: &[u8]) -> bool {
         let hit = |line: &&S2iLine| {
             let mut parts = path.split(|byte| *byte == b'/');
-            line.parts.iter().all(|glob| parts.next().is_some_and(|part| glob_match(glob, part) == Some(true))) && parts.next().is_none()
+            line.parts.iter().all(|glob| parts.next().is_some_and(|part| glob_match(glob, part) == Some(true)))
+                && parts.next().is_none()
         };
         self.lines.iter().rev().find(hit).is_some_and(|line| !line.back)
     }

@@ -224,7 +224,9 @@ fn differences(old: Option<&Entry>, new: Option<&Entry>) -> Vec<What> {
     let mut all = Vec::new();
     match (&old.kind, &new.kind) {
         (Kind::Directory, Kind::Directory) => {}
-        (Kind::Symlink { target: before }, Kind::Symlink { target: after }) => all.extend((before != after).then_some(What::Link)),
+        (Kind::Symlink { target: before }, Kind::Symlink { target: after }) => {
+            all.extend((before != after).then_some(What::Link))
+        }
         (
             Kind::File { executable: mode_before, digest: before, .. },
             Kind::File { executable: mode_after, digest: after, .. },
@@ -447,7 +449,17 @@ mod tests {
             (&["requirements.txt"], &["requirements.txt"]),
             (&["./requirements.txt", "/requirements-dev.txt"], &["requirements-dev.txt", "requirements.txt"]),
             (&["requirements/*.txt"], &["requirements", "requirements/base.txt"]),
-            (&["**/*.txt", "!requirements*"], &["app", "app/requirements.txt", "requirements", "requirements/base.txt", "requirements/old", "requirements/old/a.txt"]),
+            (
+                &["**/*.txt", "!requirements*"],
+                &[
+                    "app",
+                    "app/requirements.txt",
+                    "requirements",
+                    "requirements/base.txt",
+                    "requirements/old",
+                    "requirements/old/a.txt",
+                ],
+            ),
             (&["vendor"], &["vendor", "vendor/tests", "vendor/tests/t", "vendor/x"]),
             (&["vendor", "!vendor/tests"], &["vendor", "vendor/x"]),
             (&["{app,none}/*"], &["app", "app/requirements.txt"]),

@@ -71,7 +71,8 @@ pub struct Stats {
 /// read, and a `.s2iignore` that is not understood.
 pub fn scan(root: &Path, options: &ScanOptions<'_>) -> Result<Scan> {
     let root = fs_err::canonicalize(root).map_err(|error| {
-        Problem::failed(format!("cannot read the source `{}`: {}", root.display(), words(&error))).hint("check `source.path` of the pipeline")
+        Problem::failed(format!("cannot read the source `{}`: {}", root.display(), words(&error)))
+            .hint("check `source.path` of the pipeline")
     })?;
     let fd = open_folder(rustix::fs::CWD, root.as_os_str().as_encoded_bytes())
         .map_err(|error| Problem::failed(format!("cannot read the source `{}`: {}", root.display(), words(&error))))?;
@@ -157,7 +158,14 @@ enum Verdict {
 
 impl Walk<'_> {
     /// One folder and all below it. `path` is empty for the root, and the same again on return.
-    fn folder(&mut self, fd: BorrowedFd<'_>, path: &mut Vec<u8>, place: Place, ignored: bool, known: Option<&Record>) -> Result<()> {
+    fn folder(
+        &mut self,
+        fd: BorrowedFd<'_>,
+        path: &mut Vec<u8>,
+        place: Place,
+        ignored: bool,
+        known: Option<&Record>,
+    ) -> Result<()> {
         let mut names = self.read_names(fd, path)?;
         names.sort_unstable_by(|(a, _), (b, _)| a.cmp(b));
         let place = self.enter(path, &names, place)?;
@@ -185,10 +193,11 @@ impl Walk<'_> {
             return Ok(place);
         }
         let has = |wanted: &[u8]| names.binary_search_by(|(name, _)| name.as_slice().cmp(wanted)).is_ok();
-        if !path.is_empty() && has(b".git") {
-            if let Some(tree) = WorkTree::inside(self.root, path) {
-                place = Place { rules: tree.rules(), tree: Some(Rc::new(tree)), same_index: false, ..place };
-            }
+        if !path.is_empty()
+            && has(b".git")
+            && let Some(tree) = WorkTree::inside(self.root, path)
+        {
+            place = Place { rules: tree.rules(), tree: Some(Rc::new(tree)), same_index: false, ..place };
         }
         if has(b".gitignore") {
             let file = self.root.join(super::listing::as_path(path)).join(".gitignore");
@@ -260,7 +269,9 @@ impl Walk<'_> {
         let entry = self.entries.len();
         let kind = |digest| Kind::File { executable: stamp.executable(), size: stamp.size, digest };
         match known {
-            Some(known @ Record { known: Known::File { stamp: before, racy: false, digest, xattrs }, .. }) if *before == stamp => {
+            Some(known @ Record { known: Known::File { stamp: before, racy: false, digest, xattrs }, .. })
+                if *before == stamp =>
+            {
                 self.stats.cached += 1;
                 self.entries.push(Entry { path: path.to_vec(), kind: kind(*digest), xattrs: xattrs.clone() });
                 self.remember(path, Record { ignored, ..known.clone() }, Some(known));
@@ -300,7 +311,10 @@ impl Walk<'_> {
     /// Stands for everything that decides about the names of a folder, but the Git index.
     fn rules_digest(&self, place: &Place) -> Digest {
         let mut hasher = Hasher::new();
-        hasher.field([u8::from(place.all_ignored)]).field(Rules::digest(place.rules.as_ref()).bytes()).field(self.s2i_digest.bytes());
+        hasher
+            .field([u8::from(place.all_ignored)])
+            .field(Rules::digest(place.rules.as_ref()).bytes())
+            .field(self.s2i_digest.bytes());
         hasher.finish()
     }
 
@@ -329,9 +343,12 @@ impl Walk<'_> {
             let entry = &mut self.entries[job.entry];
             let content = content.map_err(|error| unreadable(self.root, &entry.path, &error))?;
             if content.lfs_pointer {
-                return Err(Problem::failed(format!("`{}` of the source is a Git LFS pointer, not the file itself", entry.name()))
-                    .hint("run `git lfs pull` in the source, then build again")
-                    .into());
+                return Err(Problem::failed(format!(
+                    "`{}` of the source is a Git LFS pointer, not the file itself",
+                    entry.name()
+                ))
+                .hint("run `git lfs pull` in the source, then build again")
+                .into());
             }
             let Content { identity: stamp, size, digest, xattrs, stable, .. } = content;
             entry.kind = Kind::File { executable: stamp.executable(), size, digest };
@@ -396,8 +413,10 @@ fn unreadable(root: &Path, path: &[u8], error: &io::Error) -> anyhow::Error {
         Some(Errno::NOENT | Errno::LOOP | Errno::INVAL | Errno::NOTDIR) => {
             Problem::failed(format!("`{name}` of the source changed while it was read")).hint("run the command again")
         }
-        _ if error.kind() == io::ErrorKind::PermissionDenied => Problem::failed(format!("cannot read `{name}` of the source `{}`: {}", root.display(), words(error)))
-            .hint(format!("make it readable, or list `{name}` in .s2iignore")),
+        _ if error.kind() == io::ErrorKind::PermissionDenied => {
+            Problem::failed(format!("cannot read `{name}` of the source `{}`: {}", root.display(), words(error)))
+                .hint(format!("make it readable, or list `{name}` in .s2iignore"))
+        }
         _ => Problem::failed(format!("cannot read `{name}` of the source `{}`: {}", root.display(), words(error))),
     };
     problem.into()

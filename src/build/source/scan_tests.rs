@@ -120,11 +120,11 @@ fn what_a_source_cannot_hold_is_named() {
         }),
         ("sub/x` of the source", |path| {
             fs_err::write(path, "").unwrap();
-            fs_err::set_permissions(path, Permissions::from_mode(0)).unwrap();
+            fs_err::set_permissions(path, Permissions::from_mode(0o0)).unwrap();
         }),
         ("sub/x` of the source", |path| {
             fs_err::create_dir(path).unwrap();
-            fs_err::set_permissions(path, Permissions::from_mode(0)).unwrap();
+            fs_err::set_permissions(path, Permissions::from_mode(0o0)).unwrap();
         }),
     ];
     for (expected, prepare) in cases {
@@ -139,6 +139,8 @@ fn what_a_source_cannot_hold_is_named() {
         }
         source.write(".s2iignore", "sub/x\n");
         assert_eq!(source.paths(), [".s2iignore", "sub", "sub/ok"]);
+        // So that the folder of the test can be removed.
+        fs_err::set_permissions(source.root().join("sub/x"), Permissions::from_mode(0o700)).unwrap();
     }
 }
 
@@ -174,7 +176,19 @@ fn gitignore_without_a_repository_and_nested() {
     assert_eq!(all.listing.entries.len(), 13);
     // Rules that change are seen, and the cache does not remember the old ones.
     source.write(".gitignore", "only\n");
-    let expected = [".gitignore", "a.log", "build", "build/out", "sub", "sub/.gitignore", "sub/deep", "sub/keep.log", "sub/other.log", "sub/top", "top"];
+    let expected = [
+        ".gitignore",
+        "a.log",
+        "build",
+        "build/out",
+        "sub",
+        "sub/.gitignore",
+        "sub/deep",
+        "sub/keep.log",
+        "sub/other.log",
+        "sub/top",
+        "top",
+    ];
     assert_eq!(source.paths(), expected);
     assert_eq!(paths(&source.settle().listing), expected);
 }
@@ -250,7 +264,13 @@ fn rules_of_the_folders_above_the_source_count() {
 
 #[test]
 fn a_submodule_has_rules_of_its_own() {
-    let source = Source::new(&[(".gitignore", "*.log\n"), ("lib/.gitignore", "*.tmp\n"), ("lib/a.log", ""), ("lib/a.tmp", ""), ("a.log", "")]);
+    let source = Source::new(&[
+        (".gitignore", "*.log\n"),
+        ("lib/.gitignore", "*.tmp\n"),
+        ("lib/a.log", ""),
+        ("lib/a.tmp", ""),
+        ("a.log", ""),
+    ]);
     source.git("", &["init", "-q"]);
     source.git("lib", &["init", "-q"]);
     let expected = [".gitignore", "lib", "lib/.gitignore", "lib/a.log"];
@@ -284,8 +304,8 @@ fn s2iignore_goes_beside_gitignore() {
 
 #[test]
 fn every_kind_of_change_is_seen_by_a_settled_cache() {
-    type Edit = fn(&Source);
-    let cases: [(&str, Edit, &[(&str, What)]); 9] = [
+    type Case = (&'static str, fn(&Source), &'static [(&'static str, What)]);
+    let cases: [Case; 9] = [
         ("one byte, size and mtime restored", |source| same_size_same_mtime(&source.root().join("a")), &[("a", What::Content)]),
         (
             "mode",
@@ -331,7 +351,8 @@ fn every_kind_of_change_is_seen_by_a_settled_cache() {
         assert_eq!(fs_err::metadata(source.cache()).unwrap().ino(), written, "{name}: the cache is not written again");
         edit(&source);
         let after = source.scan();
-        let found: Vec<(String, What)> = changes(&before.listing, &after.listing).into_iter().map(|change| (change.path, change.what)).collect();
+        let found: Vec<(String, What)> =
+            changes(&before.listing, &after.listing).into_iter().map(|change| (change.path, change.what)).collect();
         assert_eq!(found, expected.iter().map(|(path, what)| ((*path).to_owned(), *what)).collect::<Vec<_>>(), "{name}");
         assert_eq!(after.listing.digest() == before.listing.digest(), expected.is_empty(), "{name}");
         assert_eq!(source.settle().listing, after.listing, "{name}");
