@@ -9,8 +9,9 @@
 //! ROOT/cache/...                        trees, step records, packages: may be thrown away
 //! STATE/...                             build records and logs; ROOT/state unless said otherwise
 //! ```
-//! Every write goes to a temporary name, fsync, rename, fsync of the folder. The index is changed
-//! under an exclusive `flock`; readers need no lock, since it is replaced whole.
+//! Every write goes to a temporary name and is renamed. Blobs and the index are synced first, and
+//! the blobs' folder before a tag leads to them; the cache is not. The index is changed under an
+//! exclusive `flock`; readers need no lock, since it is replaced whole.
 
 use std::collections::BTreeMap;
 use std::io::{Read, Write as _};
@@ -294,7 +295,7 @@ impl Store {
         let path = self.blob(digest);
         fault::point("rename a blob");
         temp.persist(&path).map_err(|error| error.error).with_context(|| format!("cannot write `{}`", path.display()))?;
-        sync_dir(&self.layout().join("blobs/sha256"))
+        Ok(())
     }
 
     /// Writes a file whole: temporary name, fsync, rename, fsync of the folder.
@@ -338,6 +339,8 @@ impl Store {
         descriptor.annotations.insert(REF_NAME.into(), tag.into());
         index.manifests.push(descriptor);
         index.manifests.sort_by(|a, b| a.annotations.get(REF_NAME).cmp(&b.annotations.get(REF_NAME)));
+        // What the tag leads to is on the disk before the tag is.
+        sync_dir(&self.layout().join("blobs/sha256"))?;
         self.write_index(&index)
     }
 
@@ -364,7 +367,8 @@ impl Store {
             Err(error) => return Err(error.into()),
         }
         let key: [u8; 32] = rand::random();
-        let mut temp = tempfile::NamedTempFile::new_in(&self.state)?;
+        fault::point("write the key");
+        let mut temp = tempfile::Builder::new().prefix(".tmp-").tempfile_in(&self.state)?;
         temp.write_all(&key)?;
         temp.as_file().sync_all()?;
         // Another build may have been first; then its key is the one.
@@ -408,6 +412,19 @@ pub fn write_atomic(path: &Path, bytes: &[u8]) -> Result<()> {
     fault::point("rename a file");
     temp.persist(path).map_err(|error| error.error).with_context(|| format!("cannot write `{}`", path.display()))?;
     sync_dir(dir)
+}
+
+/// Writes a file of the cache whole, without waiting for the disk: after a power cut it may be
+/// missing or broken, and then counts as not there.
+pub fn write_cache(path: &Path, bytes: &[u8]) -> Result<()> {
+    let dir = path.parent().context("a file in a folder")?;
+    fault::point("create a temporary cache file");
+    let mut temp =
+        tempfile::Builder::new().prefix(".tmp-").tempfile_in(dir).with_context(|| format!("cannot make a file in `{}`", dir.display()))?;
+    temp.write_all(bytes).with_context(|| format!("cannot write `{}`", path.display()))?;
+    fault::point("rename a cache file");
+    temp.persist(path).map_err(|error| error.error).with_context(|| format!("cannot write `{}`", path.display()))?;
+    Ok(())
 }
 
 /// Makes renames in `dir` durable.

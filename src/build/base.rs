@@ -208,7 +208,7 @@ pub fn pull(build: &Build<'_>, image: &mut BaseImage) -> Result<()> {
     build.store.put(&pulled.config_bytes)?;
     let manifest = build.store.put(&pulled.manifest_bytes)?;
     let note = serde_json::to_vec(&manifest)?;
-    crate::artifact::store::write_atomic(&pulled_path(build.store, &image.pinned), &note)?;
+    crate::artifact::store::write_cache(&pulled_path(build.store, &image.pinned), &note)?;
     image.manifest = Some(manifest);
     Ok(())
 }

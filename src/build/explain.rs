@@ -82,7 +82,7 @@ pub fn because(store: &Store, prepared: &Prepared, step: &Step) -> Result<String
 }
 
 /// What is different from the step of that name in an earlier build.
-fn differences(store: &Store, current: &[&Listing], before: Option<&BuildRecord>, name: &str, now: &[Ingredient]) -> Result<Vec<String>> {
+fn differences(store: &Store, current: &[(Digest, &Listing)], before: Option<&BuildRecord>, name: &str, now: &[Ingredient]) -> Result<Vec<String>> {
     let Some(before) = before else { return Ok(vec!["it was never built".into()]) };
     let Some(before): Option<&BuiltStep> = before.steps.iter().find(|step| step.step == name) else { return Ok(vec!["the step is new".into()]) };
     let old: BTreeMap<&str, &Ingredient> = before.ingredients.iter().map(|ingredient| (ingredient.name.as_str(), ingredient)).collect();
@@ -132,10 +132,10 @@ fn quoted(name: &str) -> String {
     }
 }
 
-fn files(store: &Store, current: &[&Listing], name: &str, old: &Ingredient, new: &Ingredient) -> Vec<String> {
+fn files(store: &Store, current: &[(Digest, &Listing)], name: &str, old: &Ingredient, new: &Ingredient) -> Vec<String> {
     let load = |ingredient: &Ingredient| -> Option<Listing> {
         let digest: Digest = ingredient.value.parse().ok()?;
-        if let Some(listing) = current.iter().find(|listing| listing.digest() == digest) {
+        if let Some((_, listing)) = current.iter().find(|(known, _)| *known == digest) {
             return Some((*listing).clone());
         }
         Listing::decode(&fs_err::read(store.cache("listings").join(digest.hex())).ok()?).ok()

@@ -193,6 +193,10 @@ impl Inspect for Checks<'_> {
         })
     }
 
+    fn text(&mut self, path: &Path, text: &[u8]) -> Option<Problem> {
+        self.secrets.text(path, text)
+    }
+
     fn chunk(&mut self, path: &Path, start: bool, bytes: &[u8]) -> Option<Problem> {
         self.secrets.chunk(path, start, bytes)
     }

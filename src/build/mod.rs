@@ -116,6 +116,8 @@ pub struct Prepared {
     pub source_root: Option<PathBuf>,
     pub listing: Option<Listing>,
     pub lock_files: Option<Listing>,
+    /// Digests of the two listings.
+    pub listing_digests: (Option<Digest>, Option<Digest>),
     pub git: Option<GitState>,
     pub s2i_environment: BTreeMap<String, String>,
     pub secrets: Vec<secret::Value>,
@@ -131,9 +133,10 @@ impl Prepared {
         self.lock.sets.get(&wanted.request.key()).context("a locked set")
     }
 
-    /// The source's listings, as they are now.
-    pub fn listings(&self) -> Vec<&Listing> {
-        [&self.listing, &self.lock_files].into_iter().flatten().collect()
+    /// The source's listings and their digests, as they are now.
+    pub fn listings(&self) -> Vec<(Digest, &Listing)> {
+        let pairs = [(self.listing_digests.0, &self.listing), (self.listing_digests.1, &self.lock_files)];
+        pairs.into_iter().filter_map(|(digest, listing)| Some((digest?, listing.as_ref()?))).collect()
     }
 
     fn set_input(&self, step: &str) -> Option<SetInput> {
@@ -157,8 +160,8 @@ impl Prepared {
             build_packages: self.set_input("build-packages"),
             builder: self.builder.as_ref(),
             image_builder: self.image_builder,
-            source: self.listing.as_ref().map(Listing::digest),
-            lock_files: self.lock_files.as_ref().map(Listing::digest),
+            source: self.listing_digests.0,
+            lock_files: self.listing_digests.1,
             s2i_environment: self.s2i_environment.clone(),
             secrets: self.fingerprints.clone(),
             configure: self.configure.clone(),
@@ -238,6 +241,7 @@ fn prepare_unresolved(pipeline: &Pipeline, lock: lock::Lock, base_image: Option<
         source_root: None,
         listing: None,
         lock_files: None,
+        listing_digests: (None, None),
         git: None,
         s2i_environment: BTreeMap::new(),
         secrets: Vec::new(),
@@ -373,6 +377,7 @@ fn read_source(build: &Build<'_>, prepared: &mut Prepared) -> Result<()> {
     if let Some(dependencies) = prepared.builder.as_ref().and_then(|builder| builder.meta.dependencies.as_ref()) {
         prepared.lock_files = Some(scan.listing.filter(&dependencies.inputs)?);
     }
+    prepared.listing_digests = (Some(digest), prepared.lock_files.as_ref().map(Listing::digest));
     prepared.s2i_environment = read_s2i_environment(&root)?;
     prepared.listing = Some(scan.listing);
     prepared.source_root = Some(root);
@@ -600,10 +605,10 @@ fn refuse_secrets_in_config(prepared: &Prepared, recipe: &crate::artifact::image
 }
 
 fn remember(build: &Build<'_>, prepared: &Prepared, steps: &[Step], results: &[(StepRecord, bool)], digest: Digest) -> Result<()> {
-    for listing in prepared.listings() {
-        let path = build.store.cache("listings").join(listing.digest().hex());
+    for (digest, listing) in prepared.listings() {
+        let path = build.store.cache("listings").join(digest.hex());
         if !path.exists() {
-            crate::artifact::store::write_atomic(&path, &listing.encode())?;
+            crate::artifact::store::write_cache(&path, &listing.encode())?;
         }
     }
     let steps = steps.iter().zip(results).map(|(step, (record, ran))| BuiltStep {

@@ -12,7 +12,7 @@ use serde::{Deserialize, Serialize};
 
 use super::plan::Ingredient;
 use crate::artifact::image::{Layer, RunConfig};
-use crate::artifact::store::{Store, write_atomic};
+use crate::artifact::store::{Store, write_cache};
 use crate::oci::digest::Digest;
 
 /// Format of both kinds of record: others are not read.
@@ -74,7 +74,7 @@ impl StepRecord {
 
     pub fn save(&mut self, store: &Store) -> Result<()> {
         self.stamps = self.layers.iter().filter_map(|layer| Stamp::of(store, layer)).collect();
-        write_atomic(&path(store, &self.key), &serde_json::to_vec(self)?)
+        write_cache(&path(store, &self.key), &serde_json::to_vec(self)?)
     }
 
     pub fn bytes(&self) -> u64 {
@@ -179,5 +179,5 @@ pub fn remember(store: &Store, mut build: BuildRecord) -> Result<()> {
     builds.push(build);
     let excess = builds.len().saturating_sub(KEPT_BUILDS);
     builds.drain(..excess);
-    write_atomic(&path, &serde_json::to_vec(&builds)?)
+    write_cache(&path, &serde_json::to_vec(&builds)?)
 }

@@ -137,7 +137,7 @@ impl Finder {
     }
 }
 
-/// Fails a layer that holds a secret in a name or in a file.
+/// Fails a layer that holds a secret in a file, a name, a link or an xattr.
 #[derive(Debug)]
 pub struct Scan<'a> {
     finder: &'a Finder,
@@ -151,14 +151,14 @@ impl<'a> Scan<'a> {
 }
 
 impl Inspect for Scan<'_> {
+    fn text(&mut self, path: &Path, text: &[u8]) -> Option<Problem> {
+        self.finder.find(text).map(|id| Problem { message: format!("the value of secret `{id}` is in the name, the link target or an xattr of `/{}`", self.finder.mask(&path.to_string_lossy())), ..leaked(id, path) })
+    }
+
     fn chunk(&mut self, path: &Path, start: bool, bytes: &[u8]) -> Option<Problem> {
         self.finder.automaton.as_ref()?;
-        use std::os::unix::ffi::OsStrExt as _;
         if start {
             self.tail.clear();
-            if let Some(id) = self.finder.find(path.as_os_str().as_bytes()) {
-                return Some(leaked(id, path));
-            }
         }
         self.tail.extend_from_slice(bytes);
         if let Some(id) = self.finder.find(&self.tail) {
@@ -214,6 +214,8 @@ mod tests {
         assert!(scan.chunk(path, true, b"aaaa01234").is_none());
         assert_eq!(scan.chunk(path, false, b"56789bbb").unwrap().message, "the value of secret `token` is in `/etc/x` of the layer");
         assert!(scan.chunk(path, true, b"56789").is_none());
+        let named = scan.text(Path::new("etc/0123456789"), b"etc/0123456789").unwrap();
+        assert_eq!(named.message, "the value of secret `token` is in the name, the link target or an xattr of `/etc/***`");
     }
 
     #[test]

@@ -22,6 +22,7 @@ use crate::artifact::image::{Layer, RunConfig};
 use crate::artifact::store::{Descriptor, Store};
 use crate::config::types::{Compression, Configure, Network};
 use crate::error::Problem;
+use crate::fault;
 use crate::oci::compress;
 use crate::oci::layer::PackOptions;
 use crate::oci::unpack::Unpacked;
@@ -38,6 +39,10 @@ pub const PATH: &str = "/usr/local/sbin:/usr/local/bin:/usr/sbin:/usr/bin:/sbin:
 const CONFIGURE: &str = "/run/pipeline/configure";
 /// Where the locked packages are while they are installed.
 const REPOSITORY: &str = "/run/pipeline/repository";
+/// Status of a shell or sandbox whose program SIGKILL ended, as the kernel does when memory is out.
+const KILLED: i32 = 128 + libc::SIGKILL;
+/// The same for a file over its limit.
+const FILE_TOO_LARGE: i32 = 128 + libc::SIGXFSZ;
 /// Makes clients give up at once where there is no network, instead of after minutes.
 const NO_RETRIES: [(&str, &str); 3] = [("PIP_RETRIES", "0"), ("npm_config_fetch_retries", "0"), ("CARGO_NET_OFFLINE", "true")];
 
@@ -363,7 +368,9 @@ impl Runner<'_> {
             .hint(format!("the whole log is {}", log.path.display()));
         problem = match exit {
             Exit::TimedOut => problem.hint("`build.timeout` sets how long a step may take"),
-            Exit::Signal(9) if spec.limits.memory.is_some() => problem.hint("it may have hit `build.limits.memory`"),
+            // bubblewrap and shells make 128 and the signal of it.
+            Exit::Signal(libc::SIGKILL) | Exit::Code(KILLED) if spec.limits.memory.is_some() => problem.hint("it may have hit `build.limits.memory`"),
+            Exit::Signal(libc::SIGXFSZ) | Exit::Code(FILE_TOO_LARGE) if spec.limits.file_size.is_some() => problem.hint("it may have hit `build.limits.file_size`"),
             _ => problem,
         };
         if !self.shell {
@@ -459,6 +466,7 @@ impl<'a> Log<'a> {
         let dir = runner.store.state("logs").join(runner.prepared.pipeline.name.as_str());
         fs_err::create_dir_all(&dir)?;
         let path = dir.join(format!("{}-{}.log", step.name, step.key.short()));
+        fault::point("create a log");
         let file = fs_err::File::create(&path)?;
         Ok(Self { path, file, step: step.name.clone(), progress, finder: runner.finder, partial: Vec::new(), last: VecDeque::new(), script_seconds: 0.0 })
     }

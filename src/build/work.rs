@@ -15,7 +15,7 @@ use anyhow::{Context as _, Result};
 
 use super::inside;
 use crate::artifact::image::Layer;
-use crate::artifact::store::{Hold, Lock, Store, write_atomic};
+use crate::artifact::store::{Hold, Lock, Store, write_cache};
 use crate::error::Problem;
 use crate::fault;
 use crate::oci::compress::Compression;
@@ -65,16 +65,24 @@ pub fn leftovers(store: &Store) -> Result<bool> {
             return Ok(true);
         }
     }
-    for dir in [store.layout(), store.cache("steps"), store.cache("trees"), store.state("builds"), store.cache("stat"), store.cache("listings")] {
+    for dir in temporary_places(store) {
         for entry in fs_err::read_dir(&dir)? {
             let name = entry?.file_name();
-            let name = name.to_string_lossy();
-            if name.starts_with(".tmp-") || name.starts_with(".new-") {
+            if TEMPORARY.iter().any(|prefix| name.as_encoded_bytes().starts_with(prefix.as_bytes())) {
                 return Ok(true);
             }
         }
     }
     Ok(false)
+}
+
+/// How names start that are there only while something is written.
+const TEMPORARY: [&str; 3] = [".tmp-", ".new-", "making-"];
+
+/// Folders in which such names are made.
+fn temporary_places(store: &Store) -> Vec<PathBuf> {
+    let cache = ["steps", "trees", "stat", "listings", "snapshots"].map(|name| store.cache(name));
+    [store.root().to_path_buf(), store.layout(), store.state(""), store.state("builds")].into_iter().chain(cache).collect()
 }
 
 /// Removes what killed builds left; the caller holds the work lock exclusively.
@@ -85,15 +93,14 @@ fn sweep(store: &Store, base: &Path, remover: &dyn Fn(&Path) -> Result<()>) -> R
     for entry in fs_err::read_dir(store.layout().join(".tmp"))? {
         fs_err::remove_file(entry?.path())?;
     }
-    for dir in [store.layout(), store.cache("steps"), store.cache("trees"), store.state("builds"), store.cache("stat"), store.cache("listings")] {
+    for dir in temporary_places(store) {
         for entry in fs_err::read_dir(&dir)? {
             let path = entry?.path();
-            let name = path.file_name().unwrap_or_default().to_string_lossy().into_owned();
-            if name.starts_with(".new-") {
-                remover(&path)?;
-            } else if name.starts_with(".tmp-") {
-                fs_err::remove_file(&path)?;
+            let name = path.file_name().unwrap_or_default();
+            if !TEMPORARY.iter().any(|prefix| name.as_encoded_bytes().starts_with(prefix.as_bytes())) {
+                continue;
             }
+            if path.symlink_metadata()?.is_dir() { remover(&path)? } else { fs_err::remove_file(&path)? }
         }
     }
     Ok(())
@@ -140,11 +147,11 @@ pub fn tree(store: &Store, session: &Session, layer: &Layer) -> Result<Tree> {
             to: new.join("root"),
         };
         let unpacked: Result<Unpacked> = session.call("unpack", &args);
-        if let Err(error) = unpacked {
+        let made = unpacked.with_context(|| format!("cannot unpack layer {}", layer.descriptor.digest.short())).and_then(|_| finish(&new, &dir, &boot));
+        if let Err(error) = made {
             session.call::<_, ()>("remove", &new)?;
-            return Err(error.context(format!("cannot unpack layer {}", layer.descriptor.digest.short())));
+            return Err(error);
         }
-        finish(&new, &dir, &boot)?;
     }
 }
 
@@ -163,16 +170,20 @@ pub fn adopt(store: &Store, session: &Session, diff_id: &crate::oci::digest::Dig
     session.call::<_, ()>("remove", &new)?;
     fs_err::create_dir(&new)?;
     fault::point("rename an upper directory");
-    match fs_err::rename(upper, new.join("root")) {
+    let adopted = match fs_err::rename(upper, new.join("root")) {
         Ok(()) => finish(&new, &dir, &boot),
         // The work folder is on another file system: the tree is unpacked when it is needed.
-        Err(error) if error.raw_os_error() == Some(libc::EXDEV) => session.call("remove", &new),
+        Err(error) if error.kind() == std::io::ErrorKind::CrossesDevices => return session.call("remove", &new),
         Err(error) => Err(error.into()),
-    }
+    };
+    adopted.or_else(|error| {
+        session.call::<_, ()>("remove", &new)?;
+        Err(error)
+    })
 }
 
 fn finish(new: &Path, dir: &Path, boot: &str) -> Result<()> {
-    write_atomic(&new.join("boot-id"), boot.as_bytes())?;
+    write_cache(&new.join("boot-id"), boot.as_bytes())?;
     fault::point("rename a tree");
     Ok(fs_err::rename(new, dir)?)
 }

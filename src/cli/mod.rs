@@ -58,7 +58,7 @@ pub struct Global {
     /// Print the version; with --json also commit and embedded builders
     #[arg(long, short = 'V', global = true, help_heading = "Global options")]
     version: bool,
-    /// Test only: end this process with SIGKILL at its Nth write, rename or mount
+    /// Test only: end this process with SIGKILL at its Nth write, rename or mount; 0 counts them
     #[arg(long, global = true, hide = true, env = "PIPELINE_FAULT")]
     fault: Option<i64>,
     /// Test only: the same for the unshare process
@@ -103,14 +103,20 @@ pub fn main() -> ExitCode {
         return sandbox::inside::main(&args[2..], &crate::build::inside::call);
     }
     let cli = Cli::parse();
+    let counts_faults = cli.global.fault == Some(0);
     if let Some(nth) = cli.global.fault {
         crate::fault::arm(nth);
     }
     let json_errors = matches!(cli.global.progress, progress::How::Json);
     let code = match dispatch(cli) {
         Ok(code) => code,
+        // What ended under us because we were told to stop is no failure of its own.
+        Err(_) if signals::exit_code().is_some() => ui::fail(&signals::stopped(), json_errors),
         Err(error) => ui::fail(&error, json_errors),
     };
+    if counts_faults {
+        eprintln!("fault points passed: {}", crate::fault::passed());
+    }
     ExitCode::from(signals::exit_code().unwrap_or(code))
 }
 

@@ -4,6 +4,7 @@ use std::sync::atomic::{AtomicI32, Ordering};
 use std::time::Duration;
 
 use anyhow::{Context as _, Result};
+use crate::error::Problem;
 use signal_hook::consts::{SIGHUP, SIGINT, SIGTERM};
 
 /// How long a flow may take to clean up after it was asked to stop.
@@ -34,4 +35,14 @@ pub fn exit_code() -> Option<u8> {
         0 => None,
         signal => u8::try_from(128 + signal).ok(),
     }
+}
+
+/// The error of a flow that a signal ended.
+pub fn stopped() -> anyhow::Error {
+    let name = match CAUGHT.load(Ordering::SeqCst) {
+        SIGINT => "SIGINT (^C)",
+        SIGTERM => "SIGTERM",
+        _ => "SIGHUP",
+    };
+    Problem::failed(format!("stopped by {name}")).hint("finished steps are kept: the same command goes on from there").into()
 }

@@ -32,6 +32,11 @@ pub trait Inspect {
         None
     }
 
+    /// Every entry's path, and what else is no content: the target of a link, an xattr with its name.
+    fn text(&mut self, _path: &Path, _text: &[u8]) -> Option<Problem> {
+        None
+    }
+
     /// Every chunk of every file, in order; `start` marks a file's first chunk.
     fn chunk(&mut self, _path: &Path, _start: bool, _bytes: &[u8]) -> Option<Problem> {
         None
@@ -210,6 +215,12 @@ impl<W: Write> Packer<'_, W> {
         self.packed.entries += 1;
         let name = relative.as_os_str().as_bytes();
         let link = link.map(OsStr::as_bytes);
+        let texts = xattrs.iter().flat_map(|(key, value)| [key.as_bytes(), value]);
+        for text in [Some(name), link].into_iter().flatten().chain(texts) {
+            if let Some(problem) = self.inspect.text(relative, text) {
+                return Err(problem.into());
+            }
+        }
         let mut records = Vec::new();
         if name.len() > 100 {
             record(&mut records, b"path", name);

@@ -23,6 +23,9 @@ use crate::error::Problem;
 /// Zeros of at least this length become a hole when they are aligned to it.
 const HOLE: usize = 64 << 10;
 
+/// The next step after an archive that cannot be a root file system.
+const REMAKE: &str = "make the archive of a whole root file system: `tar --numeric-owner -C ROOT -cf FILE .`";
+
 /// What was unpacked.
 #[derive(Debug, Clone, Default, PartialEq, Eq, Serialize, Deserialize)]
 pub struct Unpacked {
@@ -40,18 +43,44 @@ pub fn unpack(reader: impl Read, root: &Path) -> Result<Unpacked> {
     let root_fd = rustix::fs::open(root, OFlags::DIRECTORY | OFlags::PATH | OFlags::CLOEXEC, Mode::empty())
         .with_context(|| format!("cannot open `{}`", root.display()))?;
     let mut unpacker = Unpacker { root: root_fd, parent: None, folders: Vec::new(), result: Unpacked::default(), buffer: vec![0; 256 << 10] };
-    let mut archive = tar::Archive::new(reader);
+    let mut archive = tar::Archive::new(Zeros { inner: reader, run: 0 });
     for entry in archive.entries()? {
         let mut entry = entry.map_err(|error| broken(&error))?;
         let name = entry.path_bytes().into_owned();
         let shown = String::from_utf8_lossy(&name).into_owned();
         unpacker.entry(&mut entry, &name).with_context(|| format!("cannot unpack `{shown}`"))?;
     }
+    let zeros = archive.into_inner().run;
+    if zeros < BLOCK {
+        return Err(broken(&std::io::Error::other(if unpacker.result.entries == 0 { "it is empty" } else { "its end is missing" })).into());
+    }
     unpacker.finish()
 }
 
+/// Length of a header, and least length of the zeros that end an archive (POSIX ustar asks for two
+/// of them; some writers leave the second one out).
+const BLOCK: usize = 512;
+
+/// Counts the zeros that were read last: an archive cut off between two entries has no other mark.
+struct Zeros<R> {
+    inner: R,
+    run: usize,
+}
+
+impl<R: Read> Read for Zeros<R> {
+    fn read(&mut self, buffer: &mut [u8]) -> std::io::Result<usize> {
+        let read = self.inner.read(buffer)?;
+        let zeros = buffer[..read].iter().rev().take_while(|byte| **byte == 0).count();
+        self.run = if zeros == read { (self.run + read).min(BLOCK) } else { zeros };
+        Ok(read)
+    }
+}
+
 fn broken(error: &std::io::Error) -> Problem {
-    Problem::failed(format!("the archive is broken: {error}"))
+    // The reader's words may quote the archive: one line without control characters is told.
+    let text: String = error.to_string().chars().map_while(|c| (!c.is_control() && c != char::REPLACEMENT_CHARACTER).then_some(c)).collect();
+    let text = text.trim_end_matches(|c: char| !c.is_alphanumeric());
+    Problem::failed(format!("the archive is broken: {text}")).hint("is it a whole tar file, plain or compressed with gzip or zstd? `tar -tf FILE` tells")
 }
 
 struct Unpacker {
@@ -73,7 +102,7 @@ fn safe(name: &[u8]) -> Result<PathBuf> {
             Component::RootDir | Component::CurDir => {}
             Component::ParentDir | Component::Prefix(_) => {
                 let name = String::from_utf8_lossy(name);
-                return Err(Problem::failed(format!("the archive names `{name}`, which leads out of its tree")).into());
+                return Err(Problem::failed(format!("the archive names `{name}`, which leads out of its tree")).hint(REMAKE).into());
             }
         }
     }
@@ -150,14 +179,19 @@ impl Unpacker {
             Err(rustix::io::Errno::NOENT) => {
                 let mut made = PathBuf::new();
                 for component in path.components() {
-                    let above = self.open_in_root(&made)?;
+                    let Ok(above) = self.open_in_root(&made) else { break };
                     made.push(component);
                     match rustix::fs::mkdirat(&above, component.as_os_str(), Mode::from_raw_mode(0o755)) {
                         Ok(()) | Err(rustix::io::Errno::EXIST) => {}
                         Err(error) => return Err(error).with_context(|| format!("cannot make folder `{}`", made.display())),
                     }
                 }
-                self.open_in_root(path).with_context(|| format!("cannot make folder `{}`", path.display()))?
+                self.open_in_root(path).map_err(|error| match error {
+                    rustix::io::Errno::NOENT | rustix::io::Errno::LOOP => {
+                        Problem::failed(format!("`{}` is a symbolic link to nothing in the archive", path.display())).hint(REMAKE).into()
+                    }
+                    error => anyhow::Error::new(error).context(format!("cannot make folder `{}`", path.display())),
+                })?
             }
             Err(error) => return Err(error).with_context(|| format!("cannot open folder `{}`", path.display())),
         };
@@ -239,7 +273,7 @@ impl Unpacker {
 
     fn hard_link(&mut self, target: &[u8], name: &OsStr) -> Result<()> {
         let target = safe(target)?;
-        let missing = || Problem::failed(format!("hard link to `{}`, which is not in the archive", target.display()));
+        let missing = || Problem::failed(format!("hard link to `{}`, which is not in the archive", target.display())).hint(REMAKE);
         let target_name = target.file_name().ok_or_else(missing)?;
         let folder = self.open_in_root(target.parent().unwrap_or(Path::new(""))).map_err(|_| missing())?;
         let parent = self.parent()?;
@@ -289,7 +323,9 @@ fn own(parent: BorrowedFd<'_>, name: &OsStr, header: &tar::Header) -> Result<()>
     let id = |id: std::io::Result<u64>| -> Result<u32> {
         let id = id.map_err(|error| broken(&error))?;
         u32::try_from(id).ok().filter(|id| *id <= 65_535).ok_or_else(|| {
-            Problem::failed(format!("owner {id} is over 65535, more than the range of subordinate ids holds")).into()
+            Problem::failed(format!("owner {id} is over 65535, more than the range of subordinate ids holds"))
+                .hint("give it to a lower id, or make the archive with `--owner=0 --group=0`")
+                .into()
         })
     };
     let (uid, gid) = (id(header.uid())?, id(header.gid())?);
@@ -380,7 +416,7 @@ mod tests {
             (vec![("/etc/x", file, "1")], Ok(vec!["etc", "etc/x"])),
             (vec![("../x", file, "1")], Err("leads out of its tree")),
             (vec![("a/../../x", file, "1")], Err("leads out of its tree")),
-            (vec![("up", EntryType::Symlink, "../../outside"), ("up/x", file, "1")], Err("cannot make folder")),
+            (vec![("up", EntryType::Symlink, "../../outside"), ("up/x", file, "1")], Err("`up` is a symbolic link to nothing in the archive")),
             (vec![("abs", EntryType::Symlink, "/"), ("abs/x", file, "1")], Ok(vec!["abs", "x"])),
             (vec![("h", EntryType::Link, "../../etc/passwd")], Err("leads out of its tree")),
             (vec![("h", EntryType::Link, "/etc/passwd")], Err("hard link to `etc/passwd`, which is not in the archive")),
@@ -408,7 +444,10 @@ mod tests {
     fn a_truncated_archive_is_an_error() {
         let bytes = archive(&[("x", EntryType::Regular, "hello")]);
         let dir = tempfile::tempdir().unwrap();
-        assert!(unpack(&bytes[..514], dir.path()).is_err());
+        for (length, message) in [(514, "unexpected EOF"), (300, "failed to read entire block"), (1024, "its end is missing"), (0, "it is empty")] {
+            let error = unpack(&bytes[..length], dir.path()).unwrap_err();
+            assert!(format!("{error:#}").contains(&format!("the archive is broken: {message}")), "{length}: {error:#}");
+        }
     }
 
     #[test]

@@ -93,6 +93,9 @@ fn enter(args: &[String], channel: &Channel) -> Result<Stage> {
         return Ok(Stage::Waited(wait(child)));
     }
     rustix::process::set_parent_process_death_signal(Some(Signal::KILL))?;
+    // Nothing of the caller's in what is made here.
+    rustix::process::umask(rustix::fs::Mode::from_raw_mode(0o022));
+    rustix::system::sethostname(b"pipeline").context("cannot set the host name of the namespace")?;
     rustix::mount::mount("proc", "/proc", "proc", MountFlags::NOSUID | MountFlags::NODEV | MountFlags::NOEXEC, None).map_err(|error| {
         Problem::failed(format!("cannot mount /proc in a new process namespace: {error}"))
             .hint("in a container, give it `--security-opt systempaths=unconfined`; `pipeline doctor` tells more")

@@ -44,6 +44,11 @@ impl Group {
             if fs_err::create_dir(&dir).is_err() {
                 continue;
             }
+            // On a hybrid machine the unified hierarchy is elsewhere, and this an ordinary folder.
+            if !dir.join("cgroup.procs").exists() {
+                let _ = fs_err::remove_dir(&dir);
+                continue;
+            }
             for (file, value) in files {
                 if let Some(value) = value
                     && dir.join(file).exists()

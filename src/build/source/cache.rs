@@ -24,6 +24,7 @@ use tempfile::NamedTempFile;
 use super::file::Stamp;
 use super::ignored::Identity;
 use super::listing::{Reader, Xattrs, put, put_length, put_xattrs};
+use crate::fault;
 use crate::oci::digest::Digest;
 
 const MAGIC: &[u8] = b"pipeline stat cache 1\n";
@@ -216,8 +217,8 @@ impl<'a> Writer<'a> {
         if let Some(file) = self.file.filter(|_| self.temporary.is_none()) {
             let folder = file.parent().context("the stat cache has no folder")?;
             fs_err::create_dir_all(folder)?;
-            let temporary = NamedTempFile::new_in(folder)
-                .with_context(|| format!("cannot write the stat cache in `{}`", folder.display()))?;
+            let temporary =
+                tempfile::Builder::new().prefix(".tmp-").tempfile_in(folder).with_context(|| format!("cannot write the stat cache in `{}`", folder.display()))?;
             let stat = temporary.as_file().metadata()?;
             self.began = stat.mtime().wrapping_mul(1_000_000_000).wrapping_add(stat.mtime_nsec());
             self.temporary = Some(temporary);
@@ -239,6 +240,7 @@ impl<'a> Writer<'a> {
         self.begin()?;
         let Some(mut temporary) = self.temporary.take() else { return Ok(()) };
         temporary.write_all(&encode(&index, &self.records)).context("cannot write the stat cache")?;
+        fault::point("rename the stat cache");
         temporary.persist(file).with_context(|| format!("cannot write the stat cache `{}`", file.display()))?;
         Ok(())
     }

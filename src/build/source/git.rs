@@ -22,7 +22,7 @@ use crate::error::Problem;
 use crate::oci::digest::Digest;
 
 /// Version of the cache file.
-const CACHE_VERSION: u32 = 1;
+const CACHE_VERSION: u32 = 2;
 
 /// A source folder under version control.
 #[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
@@ -63,6 +63,19 @@ struct Cached {
     cut: bool,
     listing: Option<Digest>,
     changed: usize,
+    branch: Option<String>,
+    origin: Option<String>,
+    /// What the repository's own files said: `HEAD`, and size and mtime of `config`.
+    seen: Option<Seen>,
+}
+
+/// What tells without libgit2, whose start alone reads every trusted certificate, that a
+/// repository is as it was.
+#[derive(Debug, Default, PartialEq, Serialize, Deserialize)]
+#[serde(deny_unknown_fields)]
+struct Seen {
+    head: String,
+    config: (u64, i64, i64),
 }
 
 /// The state of the folder `root`; `None` outside of a work tree and in one without commits.
@@ -71,9 +84,52 @@ struct Cached {
 /// `cache` is a file that is made when missing.
 pub fn state(root: &Path, listing: &Digest, cache: Option<&Path>) -> Result<Option<GitState>> {
     let root = fs::canonicalize(root)?;
+    if let Some(state) = cache.and_then(|cache| unchanged(&root, listing, &load(cache))) {
+        return Ok(Some(state));
+    }
     let Some(opened) = open(&root, cache.and_then(Path::parent))? else { return Ok(None) };
     let read = read(&opened, &root, listing, cache);
     read.with_context(|| format!("cannot read the Git repository of `{}`", root.display()))
+}
+
+/// The cached answer, when `HEAD` still names its commit and the listing is the same.
+fn unchanged(root: &Path, listing: &Digest, cached: &Cached) -> Option<GitState> {
+    let seen = cached.seen.as_ref().filter(|_| !cached.cut && cached.listing.as_ref() == Some(listing))?;
+    let (now, id, folder) = look(root)?;
+    if now != *seen || id != cached.head || folder.as_os_str().as_encoded_bytes() != cached.folder {
+        return None;
+    }
+    Some(GitState {
+        head: id,
+        branch: cached.branch.clone(),
+        origin: cached.origin.clone(),
+        last_commit: cached.last_commit.clone(),
+        changed: cached.changed,
+        cut: false,
+    })
+}
+
+/// `HEAD` and `config` of the repository around `root`, the commit, and the folder in the work
+/// tree; `None` for anything but a plain `.git` folder with a loose or packed reference.
+fn look(root: &Path) -> Option<(Seen, String, PathBuf)> {
+    use std::os::unix::fs::MetadataExt as _;
+    let top = root.ancestors().find(|folder| folder.join(".git").symlink_metadata().is_ok())?;
+    let git = top.join(".git");
+    let head = fs::read_to_string(git.join("HEAD")).ok()?;
+    let config = fs::symlink_metadata(git.join("config")).ok()?;
+    let is_id = |text: &str| text.len() == 40 && text.bytes().all(|byte| byte.is_ascii_hexdigit());
+    let id = match head.trim_end().strip_prefix("ref: ") {
+        None => head.trim_end().to_string(),
+        Some(name) => match fs::read_to_string(git.join(name)) {
+            Ok(id) => id.trim_end().to_string(),
+            Err(_) => {
+                let packed = fs::read_to_string(git.join("packed-refs")).ok()?;
+                packed.lines().find_map(|line| line.strip_suffix(name)?.strip_suffix(' ').map(str::to_string))?
+            }
+        },
+    };
+    let seen = Seen { head, config: (config.len(), config.mtime(), config.mtime_nsec()) };
+    is_id(&id).then(|| (seen, id, root.strip_prefix(top).unwrap_or(Path::new("")).to_path_buf()))
 }
 
 fn read(opened: &Opened, root: &Path, listing: &Digest, cache: Option<&Path>) -> Result<Option<GitState>> {
@@ -85,6 +141,8 @@ fn read(opened: &Opened, root: &Path, listing: &Digest, cache: Option<&Path>) ->
     // A cut history may have been deepened since.
     let same = !old.cut && old.head == id.to_string() && old.folder == folder.as_os_str().as_encoded_bytes();
     let last = if same { Last { commit: old.last_commit.clone(), cut: old.cut } } else { last_commit(repository, id, folder)? };
+    let branch = head.is_branch().then(|| String::from_utf8_lossy(head.shorthand_bytes()).into_owned());
+    let origin = opened.origin()?.map(|url| without_credentials(&url));
     let new = Cached {
         version: CACHE_VERSION,
         head: id.to_string(),
@@ -93,13 +151,14 @@ fn read(opened: &Opened, root: &Path, listing: &Digest, cache: Option<&Path>) ->
         cut: last.cut,
         listing: Some(*listing),
         changed: if same && old.listing.as_ref() == Some(listing) { old.changed } else { changed(repository, root, folder)? },
+        branch,
+        origin,
+        seen: look(root).filter(|(_, seen, _)| *seen == id.to_string()).map(|(seen, ..)| seen),
     };
     if let Some(cache) = cache.filter(|_| new != old) {
         store(cache, &new)?;
     }
-    let branch = head.is_branch().then(|| String::from_utf8_lossy(head.shorthand_bytes()).into_owned());
-    let origin = opened.origin()?.map(|url| without_credentials(&url));
-    Ok(Some(GitState { head: new.head, branch, origin, last_commit: new.last_commit, changed: new.changed, cut: new.cut }))
+    Ok(Some(GitState { head: new.head, branch: new.branch, origin: new.origin, last_commit: new.last_commit, changed: new.changed, cut: new.cut }))
 }
 
 fn load(cache: &Path) -> Cached {
@@ -110,7 +169,7 @@ fn load(cache: &Path) -> Cached {
 fn store(cache: &Path, cached: &Cached) -> Result<()> {
     let folder = cache.parent().context("the cache file has no folder")?;
     fs::create_dir_all(folder)?;
-    let temporary = tempfile::NamedTempFile::new_in(folder).with_context(|| format!("cannot write in `{}`", folder.display()))?;
+    let temporary = tempfile::Builder::new().prefix(".tmp-").tempfile_in(folder).with_context(|| format!("cannot write in `{}`", folder.display()))?;
     fs::write(temporary.path(), serde_json::to_vec(cached)?)?;
     temporary.persist(cache).with_context(|| format!("cannot write `{}`", cache.display()))?;
     Ok(())
@@ -248,7 +307,7 @@ fn foreign(root: &Path, scratch: Option<&Path>) -> Result<Option<Opened>> {
     let ours = match scratch {
         Some(scratch) => {
             fs::create_dir_all(scratch)?;
-            tempfile::tempdir_in(scratch)
+            tempfile::Builder::new().prefix(".tmp-").tempdir_in(scratch)
         }
         None => tempfile::tempdir(),
     }

@@ -31,6 +31,7 @@ use super::file;
 use super::listing::{Entry, Kind, Listing, Xattrs, parent};
 use super::scan::words;
 use crate::error::Problem;
+use crate::fault;
 use crate::oci::digest::{Digest, Hasher};
 
 /// Seconds since 1970: 2 January 1980, which no format (zip, FAT) is too young for in any time zone.
@@ -70,9 +71,12 @@ pub fn snapshot(listing: &Listing, root: &Path, store: &Path) -> Result<Snapshot
     let _making = store.lock(".lock", FlockOperation::LockExclusive)?.context("a lock that waits is got")?;
     store.clear()?;
     if store.read(&digest.hex()).is_none() {
-        store
-            .make(listing, root, &digest)
-            .with_context(|| format!("cannot take a snapshot of the source `{}`", root.display()))?;
+        let made = store.make(listing, root, &digest);
+        if made.is_err() {
+            // The reason is what is told, be it that the rest cannot be removed either.
+            let _ = store.clear();
+        }
+        made.with_context(|| format!("cannot take a snapshot of the source `{}`", root.display()))?;
     }
     let lease = store.lock(&format!("{}.lock", digest.hex()), FlockOperation::LockShared)?.context("a lock that waits is got")?;
     // The newest is the one used last.
@@ -176,6 +180,7 @@ impl Store {
     fn take_out(&self, hex: &str, name: &str) -> Result<PathBuf> {
         remove(&self.dir.join(format!("{hex}.listing")))?;
         let out = self.dir.join(name);
+        fault::point("rename a snapshot away");
         fs::rename(self.dir.join(hex), &out)?;
         Ok(out)
     }
@@ -207,9 +212,12 @@ impl Store {
                 Tree::open(&work, root)?.fill(listing, None)?;
             }
         }
+        fault::point("rename a snapshot");
         fs::rename(&work, self.dir.join(&hex))?;
         let beside = self.dir.join("making-listing");
+        fault::point("write a snapshot's listing");
         fs::write(&beside, [self.boot.as_bytes(), b"\n", &listing.encode()].concat())?;
+        fault::point("rename a snapshot's listing");
         fs::rename(&beside, self.dir.join(format!("{hex}.listing")))?;
         Ok(())
     }
