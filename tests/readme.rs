@@ -40,7 +40,9 @@ fn top() -> PathBuf {
 
 /// README, CONTRIBUTING, ARCHITECTURE and everything in docs/: path and text.
 fn pages() -> Vec<(String, String)> {
-    let docs = fs_err::read_dir(top().join("docs")).unwrap().map(|entry| format!("docs/{}", entry.unwrap().file_name().into_string().unwrap()));
+    let docs = fs_err::read_dir(top().join("docs"))
+        .unwrap()
+        .map(|entry| format!("docs/{}", entry.unwrap().file_name().into_string().unwrap()));
     let mut names: Vec<String> = docs.filter(|name| name.ends_with(".md")).collect();
     names.sort_unstable();
     names.splice(0..0, ["README.md", "CONTRIBUTING.md", "ARCHITECTURE.md"].map(String::from));
@@ -82,11 +84,10 @@ fn commands(block: &Block) -> Vec<Command> {
 
 /// Whether `line` is `expected`, in which [`ANYTHING`] stands for any characters.
 fn fits_line(expected: &str, line: &str) -> bool {
-    let mut parts = expected.split(ANYTHING);
-    let first = parts.next().unwrap_or_default();
+    let parts: Vec<&str> = expected.split(ANYTHING).collect();
+    let [first, middle @ .., last] = parts.as_slice() else { return expected == line };
     let Some(mut rest) = line.strip_prefix(first) else { return false };
-    let Some(last) = expected.contains(ANYTHING).then(|| parts.next_back().unwrap_or_default()) else { return rest.is_empty() };
-    for part in parts {
+    for part in middle {
         match rest.find(part) {
             Some(at) => rest = &rest[at + part.len()..],
             None => return false,
@@ -146,20 +147,39 @@ impl Place {
         }
         let path = format!("{}:{}", self.dir.path().join("bin").display(), std::env::var("PATH").unwrap_or_default());
         let mut shell = match &self.user {
-            Some(user) => Cmd::new("setpriv").args([format!("--reuid={user}"), format!("--regid={user}"), "--init-groups".into(), "--".into()]).arg("timeout"),
+            Some(user) => Cmd::new("setpriv")
+                .args([format!("--reuid={user}"), format!("--regid={user}"), "--init-groups".into(), "--".into()])
+                .arg("timeout"),
             None => Cmd::new("timeout"),
         };
         shell = shell.args(["--kill-after=10", BLOCK_SECONDS, "bash", "-c", &script]);
-        for name in ["NO_COLOR", "PIPELINE_ROOT", "XDG_DATA_HOME", "XDG_STATE_HOME", "XDG_CONFIG_HOME", "XDG_CACHE_HOME", "SOURCE_DATE_EPOCH", "COLUMNS"] {
+        for name in [
+            "NO_COLOR",
+            "PIPELINE_ROOT",
+            "XDG_DATA_HOME",
+            "XDG_STATE_HOME",
+            "XDG_CONFIG_HOME",
+            "XDG_CACHE_HOME",
+            "SOURCE_DATE_EPOCH",
+            "COLUMNS",
+        ] {
             shell = shell.env_remove(name);
         }
         let root = self.dir.path().join("root");
-        shell = shell.env("PATH", path).env("HOME", self.dir.path().join("home")).env("PIPELINE_ROOT", root).env("LC_ALL", "C.UTF-8");
+        shell =
+            shell.env("PATH", path).env("HOME", self.dir.path().join("home")).env("PIPELINE_ROOT", root).env("LC_ALL", "C.UTF-8");
         let output = shell.dir(self.dir.path()).output().unwrap();
         let text = String::from_utf8_lossy(&output.stdout);
         let parts: Vec<&str> = text.split(MARK).collect();
-        let told: Vec<(String, String)> = parts.chunks(2).filter_map(|pair| Some(((*pair.get(1)?).to_string(), pair[0].to_string()))).collect();
-        assert_eq!(told.len(), commands.len(), "{}: the block ended early ({}):\n{text}", block.place, pipeline::cmd::describe(output.status));
+        let told: Vec<(String, String)> =
+            parts.chunks(2).filter_map(|pair| Some(((*pair.get(1)?).to_string(), pair[0].to_string()))).collect();
+        assert_eq!(
+            told.len(),
+            commands.len(),
+            "{}: the block ended early ({}):\n{text}",
+            block.place,
+            pipeline::cmd::describe(output.status)
+        );
         told
     }
 
@@ -171,7 +191,10 @@ impl Place {
 impl Drop for Place {
     fn drop(&mut self) {
         // Trees belong to mapped ids; root may remove them, an ordinary user through the namespace only.
-        let _ = Cmd::new("unshare").args(["--user", "--map-auto", "--map-root-user", "rm", "-rf", "--"]).arg(self.dir.path().join("root")).run();
+        let _ = Cmd::new("unshare")
+            .args(["--user", "--map-auto", "--map-root-user", "rm", "-rf", "--"])
+            .arg(self.dir.path().join("root"))
+            .run();
     }
 }
 
@@ -185,11 +208,14 @@ fn blocks_print_what_they_say() {
         assert_eq!(block.info[0], "console", "{}", block.place);
         let commands = commands(block);
         for (command, (status, output)) in commands.iter().zip(place.run(block, &commands)) {
-            let expected = place.with_port(&command.expected.join("\n"));
+            let (expected, output) = (command.expected.join("\n"), output.replace(&place.port.to_string(), "8080"));
             // `$ COMMAND  # exit 2` says which status is meant.
             let wanted = command.line.rsplit_once("# exit ").map_or("0", |(_, status)| status.trim());
             if status != wanted || !fits(&lines(&expected), &lines(&output)) {
-                wrong.push(format!("{}: `{}` exits with {status}, not {wanted}, or prints something else:\n{output}", block.place, command.line));
+                wrong.push(format!(
+                    "{}: `{}` exits with {status}, not {wanted}, or prints something else:\n{output}",
+                    block.place, command.line
+                ));
             }
             ran += 1;
         }
@@ -211,19 +237,32 @@ fn commands_on_all_pages_exist() {
     let mut helps: BTreeMap<Vec<String>, String> = BTreeMap::new();
     let mut seen = 0;
     for (page, text) in pages() {
-        for block in blocks(&page, &text).iter().filter(|block| block.info.first().is_some_and(|word| word == "console" || word == "sh")) {
+        for block in
+            blocks(&page, &text).iter().filter(|block| block.info.first().is_some_and(|word| word == "console" || word == "sh"))
+        {
             for line in &block.lines {
                 let line = if block.info[0] == "sh" { line } else { line.strip_prefix("$ ").unwrap_or("") };
                 let words = words(line);
                 match words.split_first() {
-                    Some((&"make", rest)) => rest.iter().for_each(|target| assert!(targets.contains(target), "{}: `{line}`", block.place)),
+                    Some((&"make", rest)) => {
+                        rest.iter().for_each(|target| assert!(targets.contains(target), "{}: `{line}`", block.place))
+                    }
                     Some((&"pipeline", rest)) => {
                         let depth = if rest.first() == Some(&"artifact") { 2 } else { 1 };
-                        let verb: Vec<String> = rest.iter().take_while(|word| !word.starts_with('-')).take(depth).map(ToString::to_string).collect();
-                        let help = helps.entry(verb.clone()).or_insert_with(|| Cmd::new(program).args(&verb).arg("--help").text().unwrap_or_default());
+                        let verb: Vec<String> =
+                            rest.iter().take_while(|word| !word.starts_with('-')).take(depth).map(ToString::to_string).collect();
+                        let help = helps
+                            .entry(verb.clone())
+                            .or_insert_with(|| Cmd::new(program).args(&verb).arg("--help").text().unwrap_or_default());
                         assert!(!help.is_empty(), "{}: `{line}`: there is no such verb", block.place);
-                        let options = rest.iter().take_while(|word| **word != "--").filter_map(|word| word.split('=').next()).filter(|word| word.starts_with("--"));
-                        options.for_each(|option| assert!(help.contains(option), "{}: `{line}`: there is no option {option}", block.place));
+                        let options = rest
+                            .iter()
+                            .take_while(|word| **word != "--")
+                            .filter_map(|word| word.split('=').next())
+                            .filter(|word| word.starts_with("--"));
+                        options.for_each(|option| {
+                            assert!(help.contains(option), "{}: `{line}`: there is no option {option}", block.place)
+                        });
                     }
                     _ => continue,
                 }
@@ -249,6 +288,7 @@ fn every_link_leads_somewhere() {
 
 /// The names in the first column of the table below a heading.
 fn first_column(text: &str, heading: &str) -> BTreeSet<String> {
+    let text = format!("\n{text}");
     let section = text.split(&format!("\n{heading}\n")).nth(1).unwrap_or_default();
     let section = section.split("\n#").next().unwrap_or_default();
     let cells = section.lines().filter_map(|line| line.strip_prefix("| ")?.split(" | ").next());
@@ -258,9 +298,15 @@ fn first_column(text: &str, heading: &str) -> BTreeSet<String> {
 #[test]
 fn the_table_of_crates_is_whole() {
     let cargo = fs_err::read_to_string(top().join("Cargo.toml")).unwrap();
-    let section = |name: &str| cargo.split(&format!("[{name}]\n")).nth(1).and_then(|rest| rest.split("\n[").next()).unwrap_or_default().to_string();
+    let section = |name: &str| {
+        cargo.split(&format!("[{name}]\n")).nth(1).and_then(|rest| rest.split("\n[").next()).unwrap_or_default().to_string()
+    };
     let text = ["dependencies", "dev-dependencies", "build-dependencies"].map(|name| section(name)).join("\n");
-    let used: BTreeSet<String> = text.lines().filter(|line| !line.starts_with('#')).filter_map(|line| Some(line.split_once('=')?.0.trim().to_string())).collect();
+    let used: BTreeSet<String> = text
+        .lines()
+        .filter(|line| !line.starts_with('#'))
+        .filter_map(|line| Some(line.split_once('=')?.0.trim().to_string()))
+        .collect();
     assert_eq!(first_column(&pages()[0].1, "### Crates"), used);
 }
 
@@ -284,7 +330,8 @@ fn the_reference_has_every_key_and_its_example_is_right() {
     let mut names = BTreeSet::new();
     properties(&serde_json::to_value(pipeline::config::schema()).unwrap(), &mut names);
     assert!(names.len() > 40, "{names:?}");
-    let missing: Vec<&String> = names.iter().filter(|name| !text.contains(&format!("`{name}`")) && !text.contains(&format!("{name}: "))).collect();
+    let missing: Vec<&String> =
+        names.iter().filter(|name| !text.contains(&format!("`{name}`")) && !text.contains(&format!("{name}: "))).collect();
     assert!(missing.is_empty(), "{missing:?}");
 
     let dir = tempfile::tempdir().unwrap();
@@ -311,13 +358,22 @@ fn events_are_described() {
 
 #[test]
 fn wildcards() {
-    let cases = [("a…c", "abc", true), ("a…c", "ac", true), ("a…c", "abcd", false), ("…", "", true), ("…b…", "abc", true), ("a", "ab", false), ("a…b…c", "a1b2c", true)];
+    let cases = [
+        ("a…c", "abc", true),
+        ("a…c", "ac", true),
+        ("a…c", "abcd", false),
+        ("…", "", true),
+        ("…b…", "abc", true),
+        ("a", "ab", false),
+        ("a…b…c", "a1b2c", true),
+    ];
     for (expected, line, fit) in cases {
         assert_eq!(fits_line(expected, line), fit, "{expected} {line}");
     }
     assert!(fits(&["a", "…", "c"], &["a", "x", "y", "c"]) && fits(&["a", "…"], &["a"]) && !fits(&["a"], &["a", "b"]));
     let block = Block { place: "x:1".into(), info: vec![], lines: vec!["$ a b".into(), "c".into(), "$ d".into()] };
-    let expected = vec![Command { line: "a b".into(), expected: vec!["c".into()] }, Command { line: "d".into(), expected: vec![] }];
+    let expected =
+        vec![Command { line: "a b".into(), expected: vec!["c".into()] }, Command { line: "d".into(), expected: vec![] }];
     assert_eq!(commands(&block), expected);
     assert_eq!(words("pipeline run x --port 1 & # y"), ["pipeline", "run", "x", "--port", "1"]);
 }
