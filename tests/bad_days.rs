@@ -417,10 +417,11 @@ fn user_namespaces_refused() {
         let project = Project::tiny(user);
         // The setting is per namespace: it is changed in one of ours, and no other sees it.
         let script = "echo 0 > /proc/sys/user/max_user_namespaces && exec \"$@\"";
-        let answer = project.program("unshare").args(&["--user", "--map-auto", "--map-root-user", "sh", "-c", script, "sh"]).arg(binary()).arg("--root").arg(&project.root).arg("build").run();
+        let refusing = || project.program("unshare").args(&["--user", "--map-root-user", "sh", "-c", script, "sh"]).arg(binary()).arg("--root").arg(&project.root);
+        let answer = refusing().arg("build").run();
         answer.code(1).says("error: ").says("user.max_user_namespaces is 0").says("hint: ").says("sysctl -w user.max_user_namespaces=");
         one_error(&answer);
-        let doctor = project.program("unshare").args(&["--user", "--map-auto", "--map-root-user", "sh", "-c", script, "sh"]).arg(binary()).arg("--root").arg(&project.root).arg("doctor").run();
+        let doctor = refusing().arg("doctor").run();
         doctor.code(1).prints("user.max_user_namespaces is 0").prints("sysctl -w user.max_user_namespaces=");
         assert_eq!(leftovers(&project.root), [""; 0]);
     }
@@ -465,9 +466,16 @@ fn programs_that_cannot_run() {
         let answer = project.pipeline(&["run", "--port", "0", "tiny", "--", "/no/such/program"]).run();
         answer.says("/no/such/program");
         assert!(!answer.status.success());
-        for (command, code) in [("exit 7", 7), ("kill -9 $$", 137), ("kill -TERM $$", 143)] {
-            project.pipeline(&["run", "--port", "0", "tiny", "--", "/bin/sh", "-c", command]).run().code(code);
-        }
+        project.pipeline(&["run", "--port", "0", "tiny", "--", "/bin/sh", "-c", "exit 7"]).run().code(7);
+        let marker = marker(4);
+        let mut running = project.pipeline(&["run", "--port", "0", "tiny", "--", "/bin/sleep", &marker]).start();
+        let program = || {
+            let is = |entry: &fs_err::DirEntry| fs_err::read(entry.path().join("cmdline")).is_ok_and(|line| line == format!("/bin/sleep\0{marker}\0").as_bytes());
+            fs_err::read_dir("/proc").unwrap().flatten().find(is).and_then(|entry| entry.file_name().to_str()?.parse().ok())
+        };
+        wait_until("the program runs", || program().is_some());
+        rustix::process::kill_process(rustix::process::Pid::from_raw(program().unwrap()).unwrap(), rustix::process::Signal::KILL).unwrap();
+        running.wait(Duration::from_secs(10)).code(137);
         project.assert_clean();
     }
 }
