@@ -41,7 +41,7 @@ pub fn read(secrets: &[Secret], variable: &dyn Fn(&str) -> Option<String>) -> Re
             SecretSource::Env(name) => variable(name)
                 .ok_or_else(|| Problem::usage(format!("secret `{}`: the variable `{name}` is not set", secret.id)).hint(format!("export {name}=… before building")))?
                 .into_bytes(),
-            SecretSource::File(path) => fs_err::read(path).with_context(|| Problem::usage(format!("secret `{}` cannot be read", secret.id)))?,
+            SecretSource::File(path) => fs_err::read(path).with_context(|| Problem::usage(format!("secret `{}` cannot be read", secret.id)).hint("`file` of `build.secrets` is relative to the pipeline file"))?,
         };
         if trimmed(&bytes).len() < SHORTEST {
             return Err(Problem::usage(format!("secret `{}` is shorter than {SHORTEST} bytes", secret.id))

@@ -99,7 +99,9 @@ impl Mounted {
         if names.is_empty() || (upper.is_none() && names.len() < 2) {
             names.push("empty".into());
         }
-        let mut options = format!("userxattr,lowerdir={}", names.join(":"));
+        // volatile: a step that is not finished is thrown away, and a finished one is packed into a
+        // blob that is synced; without it every unmount syncs the whole file system.
+        let mut options = format!("userxattr,volatile,lowerdir={}", names.join(":"));
         if let Some(upper) = upper {
             let path = scratch.join("upper-link");
             remove_if_there(&path)?;

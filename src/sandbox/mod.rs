@@ -115,6 +115,8 @@ impl Session {
                 Answer::Event(Event::Done(value), _) => return serde_json::from_value(value).with_context(|| format!("cannot read the answer of `{name}`")),
                 Answer::Event(Event::Failed(failure), _) => return Err(failure.into_error()),
                 Answer::Event(Event::Note(text), _) => note(text.into_bytes()),
+                // Answers to what was asked of a command just before it ended.
+                Answer::Event(Event::Connected | Event::Refused(_) | Event::Checked(_), _) => {}
                 Answer::Event(event, _) => anyhow::bail!("unexpected answer to `{name}`: {event:?}"),
             }
         }

@@ -22,32 +22,13 @@ use pipeline::cmd::Cmd;
 use pipeline::oci::digest::Digest;
 use serde_json::Value;
 
-/// The ordinary user of tests that run as root.
-pub const TEST_USER: &str = "pipeline-test";
+/// The ordinary user of tests that run as root, unless `PIPELINE_TEST_USER` names another.
+const TEST_USER: &str = "pipeline-test";
 /// What the network of this machine needs to be known to programs; the rest of the environment stays out.
 const PASSED: [&str; 22] = [
-    "http_proxy",
-    "https_proxy",
-    "all_proxy",
-    "no_proxy",
-    "HTTP_PROXY",
-    "HTTPS_PROXY",
-    "ALL_PROXY",
-    "NO_PROXY",
-    "PIP_INDEX_URL",
-    "PIP_EXTRA_INDEX_URL",
-    "PIP_TRUSTED_HOST",
-    "PIP_DEFAULT_TIMEOUT",
-    "npm_config_registry",
-    "NPM_CONFIG_REGISTRY",
-    "UV_INDEX_URL",
-    "SSL_CERT_FILE",
-    "SSL_CERT_DIR",
-    "CURL_CA_BUNDLE",
-    "REQUESTS_CA_BUNDLE",
-    "PIP_CERT",
-    "NODE_EXTRA_CA_CERTS",
-    "GIT_SSL_CAINFO",
+    "http_proxy", "https_proxy", "all_proxy", "no_proxy", "HTTP_PROXY", "HTTPS_PROXY", "ALL_PROXY", "NO_PROXY",
+    "PIP_INDEX_URL", "PIP_EXTRA_INDEX_URL", "PIP_TRUSTED_HOST", "PIP_DEFAULT_TIMEOUT", "npm_config_registry", "NPM_CONFIG_REGISTRY",
+    "UV_INDEX_URL", "SSL_CERT_FILE", "SSL_CERT_DIR", "CURL_CA_BUNDLE", "REQUESTS_CA_BUNDLE", "PIP_CERT", "NODE_EXTRA_CA_CERTS", "GIT_SSL_CAINFO",
 ];
 
 // ---------------------------------------------------------------------------------------- people
@@ -59,14 +40,14 @@ pub enum User {
     Ordinary,
 }
 
-/// Everybody a test can run as.
+/// Everybody a test can run as. With `PIPELINE_TEST_USER`, the second round of `tools/test`, only that ordinary user.
 pub fn users() -> Vec<User> {
-    if tests_are_root() { vec![User::Root, User::Ordinary] } else { vec![User::Ordinary] }
+    if tests_are_root() && std::env::var_os("PIPELINE_TEST_USER").is_none() { vec![User::Root, User::Ordinary] } else { vec![User::Ordinary] }
 }
 
-/// The user the tests run as.
+/// The one user of tests that are too slow to run for each.
 pub fn me() -> User {
-    if tests_are_root() { User::Root } else { User::Ordinary }
+    users()[0]
 }
 
 pub fn tests_are_root() -> bool {
@@ -79,9 +60,7 @@ impl User {
         match self {
             User::Ordinary if tests_are_root() => {
                 let (uid, gid, _) = test_user();
-                ["setpriv".to_string(), format!("--reuid={uid}"), format!("--regid={gid}"), "--init-groups".into()]
-                    .map(OsString::from)
-                    .to_vec()
+                ["setpriv".to_string(), format!("--reuid={uid}"), format!("--regid={gid}"), "--init-groups".into()].map(OsString::from).to_vec()
             }
             _ => Vec::new(),
         }
@@ -100,23 +79,18 @@ impl User {
 fn test_user() -> (u32, u32, PathBuf) {
     static MADE: OnceLock<(u32, u32, PathBuf)> = OnceLock::new();
     MADE.get_or_init(|| {
+        let name = std::env::var("PIPELINE_TEST_USER").unwrap_or_else(|_| TEST_USER.into());
         let _lock = Lock::wait(&std::env::temp_dir().join(".pipeline-test-user.lock"), Hold::Exclusive).unwrap();
-        let row = || {
-            fs_err::read_to_string("/etc/passwd")
-                .unwrap()
-                .lines()
-                .find(|line| line.starts_with(&format!("{TEST_USER}:")))
-                .map(String::from)
-        };
+        let row = || fs_err::read_to_string("/etc/passwd").unwrap().lines().find(|line| line.starts_with(&format!("{name}:"))).map(String::from);
         if row().is_none() {
             tool("useradd", "passwd");
             // As an ordinary user, so that it gets ranges of subordinate ids.
-            Cmd::new("useradd").args(["--create-home", "--shell", "/bin/sh", TEST_USER]).run().unwrap();
+            Cmd::new("useradd").args(["--create-home", "--shell", "/bin/sh", &name]).run().unwrap();
         }
         for (file, option) in [("/etc/subuid", "--add-subuids"), ("/etc/subgid", "--add-subgids")] {
             let ranges = fs_err::read_to_string(file).unwrap_or_default();
-            if !ranges.lines().any(|line| line.starts_with(&format!("{TEST_USER}:"))) {
-                Cmd::new("usermod").args([option, "2000000-2065535", TEST_USER]).run().unwrap();
+            if !ranges.lines().any(|line| line.starts_with(&format!("{name}:"))) {
+                Cmd::new("usermod").args([option, "2000000-2065535", &name]).run().unwrap();
             }
         }
         let row = row().expect("the user was just made");
@@ -139,12 +113,7 @@ pub fn binary() -> &'static Path {
         let built = Path::new(env!("CARGO_BIN_EXE_pipeline"));
         let dir = std::env::temp_dir().join(format!("pipeline-tests-{}", rustix::process::geteuid().as_raw()));
         fs_err::create_dir_all(&dir).unwrap();
-        assert_eq!(
-            fs_err::metadata(&dir).unwrap().uid(),
-            rustix::process::geteuid().as_raw(),
-            "{} belongs to somebody else",
-            dir.display()
-        );
+        assert_eq!(fs_err::metadata(&dir).unwrap().uid(), rustix::process::geteuid().as_raw(), "{} belongs to somebody else", dir.display());
         fs_err::set_permissions(&dir, PermissionsExt::from_mode(0o755)).unwrap();
         let place = dir.join(format!("pipeline-{}", &binary_digest()[..16]));
         if !place.exists() {
@@ -153,12 +122,7 @@ pub fn binary() -> &'static Path {
             fs_err::set_permissions(temp.path(), PermissionsExt::from_mode(0o755)).unwrap();
             // Closed before it is executed: a file that is open for writing is busy.
             temp.into_temp_path().persist(&place).unwrap();
-            let old = |entry: &fs_err::DirEntry| {
-                entry.path() != place
-                    && entry.metadata().is_ok_and(|meta| {
-                        meta.modified().is_ok_and(|time| time.elapsed().is_ok_and(|age| age > Duration::from_secs(3600)))
-                    })
-            };
+            let old = |entry: &fs_err::DirEntry| entry.path() != place && entry.metadata().is_ok_and(|meta| meta.modified().is_ok_and(|time| time.elapsed().is_ok_and(|age| age > Duration::from_secs(3600))));
             for entry in fs_err::read_dir(&dir).unwrap().flatten().filter(old) {
                 let _ = fs_err::remove_file(entry.path());
             }
@@ -192,8 +156,7 @@ pub struct Run {
 impl Run {
     /// `program` with the given home and folder.
     pub fn new(user: User, program: impl AsRef<OsStr>, home: &Path, dir: &Path) -> Self {
-        let mut env: BTreeMap<OsString, OsString> =
-            PASSED.iter().filter_map(|name| Some(((*name).into(), std::env::var_os(name)?))).collect();
+        let mut env: BTreeMap<OsString, OsString> = PASSED.iter().filter_map(|name| Some(((*name).into(), std::env::var_os(name)?))).collect();
         env.insert("PATH".into(), std::env::var_os("PATH").unwrap_or_default());
         env.insert("HOME".into(), home.into());
         Self { user, argv: vec![program.as_ref().into()], wrap: Vec::new(), env, dir: dir.into(), input: None }
@@ -237,8 +200,7 @@ impl Run {
     }
 
     fn command(&self) -> Cmd {
-        let words: Vec<OsString> =
-            self.user.prefix().into_iter().chain(self.wrap.iter().cloned()).chain(self.argv.iter().cloned()).collect();
+        let words: Vec<OsString> = self.user.prefix().into_iter().chain(self.wrap.iter().cloned()).chain(self.argv.iter().cloned()).collect();
         let mut command = Cmd::new(&words[0]).args(&words[1..]).env_clear().dir(&self.dir);
         for (name, value) in &self.env {
             command = command.env(name, value);
@@ -351,13 +313,7 @@ impl Running {
                     return;
                 }
             }
-            assert!(
-                over.is_none() && Instant::now() < patience,
-                "`{}` never said `{text}` ({over:?}):\n{}{}",
-                self.line,
-                self.stdout(),
-                self.stderr()
-            );
+            assert!(over.is_none() && Instant::now() < patience, "`{}` never said `{text}` ({over:?}):\n{}{}", self.line, self.stdout(), self.stderr());
             std::thread::sleep(Duration::from_millis(5));
         }
     }
@@ -397,14 +353,7 @@ impl Running {
         self.status = Some(status);
         self.stdout.wait_for_end();
         self.stderr.wait_for_end();
-        Answer {
-            line: self.line.clone(),
-            status,
-            bytes: self.stdout.bytes(),
-            stdout: self.stdout(),
-            stderr: self.stderr(),
-            took: started.elapsed(),
-        }
+        Answer { line: self.line.clone(), status, bytes: self.stdout.bytes(), stdout: self.stdout(), stderr: self.stderr(), took: started.elapsed() }
     }
 }
 
@@ -440,13 +389,7 @@ impl Answer {
 
     #[track_caller]
     pub fn says(&self, text: &str) -> &Self {
-        assert!(
-            self.stderr.contains(text),
-            "`{}` does not say `{text}`\n--- stdout\n{}--- stderr\n{}",
-            self.line,
-            self.stdout,
-            self.stderr
-        );
+        assert!(self.stderr.contains(text), "`{}` does not say `{text}`\n--- stdout\n{}--- stderr\n{}", self.line, self.stdout, self.stderr);
         self
     }
 
@@ -458,20 +401,13 @@ impl Answer {
 
     #[track_caller]
     pub fn prints(&self, text: &str) -> &Self {
-        assert!(
-            self.stdout.contains(text),
-            "`{}` does not print `{text}`\n--- stdout\n{}--- stderr\n{}",
-            self.line,
-            self.stdout,
-            self.stderr
-        );
+        assert!(self.stdout.contains(text), "`{}` does not print `{text}`\n--- stdout\n{}--- stderr\n{}", self.line, self.stdout, self.stderr);
         self
     }
 
     #[track_caller]
     pub fn json(&self) -> Value {
-        serde_json::from_str(&self.stdout)
-            .unwrap_or_else(|error| panic!("`{}` prints no JSON: {error}\n{}", self.line, self.stdout))
+        serde_json::from_str(&self.stdout).unwrap_or_else(|error| panic!("`{}` prints no JSON: {error}\n{}", self.line, self.stdout))
     }
 }
 
@@ -505,8 +441,7 @@ impl Project {
         fs_err::set_permissions(temp.path(), PermissionsExt::from_mode(0o755)).unwrap();
         user.own(temp.path());
         let path = temp.path().canonicalize().unwrap();
-        let project =
-            Self { user, dir: path.join("project"), home: path.join("home"), root: path.join("root"), temp: Some(temp) };
+        let project = Self { user, dir: path.join("project"), home: path.join("home"), root: path.join("root"), temp: Some(temp) };
         for dir in [&project.dir, &project.home] {
             fs_err::create_dir(dir).unwrap();
             user.own(dir);
@@ -707,12 +642,7 @@ impl Project {
     /// The files of an image, as `tar` would list them: path → kind and mode (`-755`), target for links.
     pub fn layer_paths(&self, image: &str) -> Vec<Vec<String>> {
         let shown = self.json(&["artifact", "show", image]);
-        shown["layers"]
-            .as_array()
-            .unwrap()
-            .iter()
-            .map(|layer| self.layer(layer["digest"].as_str().unwrap()).keys().cloned().collect())
-            .collect()
+        shown["layers"].as_array().unwrap().iter().map(|layer| self.layer(layer["digest"].as_str().unwrap()).keys().cloned().collect()).collect()
     }
 
     /// A layer's files: path → content.
@@ -754,12 +684,20 @@ impl Drop for Project {
     fn drop(&mut self) {
         let Some(temp) = self.temp.take() else { return };
         if !tests_are_root() && self.root.starts_with(temp.path()) && self.root.exists() {
-            // Trees belong to subordinate ids.
-            let _ = Cmd::new("unshare").args(["--user", "--map-auto", "--map-root-user", "rm", "-rf"]).arg(&self.root).run();
+            remove_tree(&self.root);
         }
         if std::thread::panicking() && std::env::var_os("PIPELINE_TEST_KEEP").is_some() {
             let _ = temp.keep();
         }
+    }
+}
+
+/// Removes a store of the tests' own user: its trees belong to subordinate ids.
+pub fn remove_tree(path: &Path) {
+    if tests_are_root() {
+        let _ = fs_err::remove_dir_all(path);
+    } else {
+        let _ = Cmd::new("unshare").args(["--user", "--map-auto", "--map-root-user", "rm", "-rf"]).arg(path).run();
     }
 }
 
@@ -809,12 +747,14 @@ fn test_store(user: User) -> PathBuf {
     root
 }
 
+/// The steps of [`Project::tiny`].
+pub const TINY_STEPS: [&str; 3] = ["base", "dependencies", "application"];
 const TINY: &str = "\
 name: tiny
 base:
   tar: base.tar
 runtime:
-  builder: builder
+  builder: ./builder
 source:
   path: src
 image:
@@ -832,8 +772,7 @@ user: \"1001:0\"
 port: 8080
 ";
 const TINY_DEPENDENCIES: &str = "#!/bin/sh\nset -eu\nmkdir -p /opt/dependencies\ncp /tmp/src/lock.txt /opt/dependencies/installed\nchmod -R u+rwX,go+rX,go-w /opt\n";
-const TINY_ASSEMBLE: &str =
-    "#!/bin/sh\nset -eu\numask 022\nmkdir -p /opt/app\ncp -a /tmp/src/. /opt/app\ndate > /dev/null\necho assembled\n";
+const TINY_ASSEMBLE: &str = "#!/bin/sh\nset -eu\numask 022\nmkdir -p /opt/app\ncp -a /tmp/src/. /opt/app\ndate > /dev/null\necho assembled\n";
 const TINY_RUN: &str = "#!/bin/sh\nexec httpd -f -p 8080 -h /opt/app\n";
 
 /// A root file system of Debian's busybox-static: a tar, the same bytes in every test.
@@ -841,16 +780,9 @@ pub fn tiny_base() -> &'static [u8] {
     static BYTES: OnceLock<Vec<u8>> = OnceLock::new();
     BYTES.get_or_init(|| {
         tool("busybox", "busybox-static");
-        let busybox = ["/bin/busybox", "/usr/bin/busybox"]
-            .into_iter()
-            .map(Path::new)
-            .find(|path| path.exists())
-            .expect("`busybox` is missing: apt-get install busybox-static");
+        let busybox = ["/bin/busybox", "/usr/bin/busybox"].into_iter().map(Path::new).find(|path| path.exists()).expect("`busybox` is missing: apt-get install busybox-static");
         let program = fs_err::read(busybox).unwrap();
-        assert!(
-            !program[..4096].windows(12).any(|window| window == b"ld-linux-x86"),
-            "busybox needs libraries: apt-get install busybox-static"
-        );
+        assert!(!program[..4096].windows(12).any(|window| window == b"ld-linux-x86"), "busybox needs libraries: apt-get install busybox-static");
         let mut tar = tar::Builder::new(Vec::new());
         let header = |kind: tar::EntryType, mode: u32, size: usize| {
             let mut header = tar::Header::new_gnu();
@@ -862,19 +794,7 @@ pub fn tiny_base() -> &'static [u8] {
             header.set_mtime(0);
             header
         };
-        for (path, mode) in [
-            ("bin", 0o755),
-            ("etc", 0o755),
-            ("dev", 0o755),
-            ("proc", 0o755),
-            ("sys", 0o755),
-            ("run", 0o755),
-            ("usr", 0o755),
-            ("usr/bin", 0o755),
-            ("var", 0o755),
-            ("root", 0o700),
-            ("tmp", 0o1777),
-        ] {
+        for (path, mode) in [("bin", 0o755), ("etc", 0o755), ("dev", 0o755), ("proc", 0o755), ("sys", 0o755), ("run", 0o755), ("usr", 0o755), ("usr/bin", 0o755), ("var", 0o755), ("root", 0o700), ("tmp", 0o1777)] {
             tar.append_data(&mut header(tar::EntryType::Directory, mode, 0), format!("{path}/"), std::io::empty()).unwrap();
         }
         tar.append_data(&mut header(tar::EntryType::Regular, 0o755, program.len()), "bin/busybox", program.as_slice()).unwrap();
@@ -884,10 +804,7 @@ pub fn tiny_base() -> &'static [u8] {
         for applet in applets {
             tar.append_link(&mut header(tar::EntryType::Symlink, 0o777, 0), format!("bin/{applet}"), "busybox").unwrap();
         }
-        for (path, text) in [
-            ("etc/passwd", "root:x:0:0:root:/root:/bin/sh\ndefault:x:1001:0:default:/opt/app:/bin/sh\n"),
-            ("etc/group", "root:x:0:\n"),
-        ] {
+        for (path, text) in [("etc/passwd", "root:x:0:0:root:/root:/bin/sh\ndefault:x:1001:0:default:/opt/app:/bin/sh\n"), ("etc/group", "root:x:0:\n")] {
             tar.append_data(&mut header(tar::EntryType::Regular, 0o644, text.len()), path, text.as_bytes()).unwrap();
         }
         tar.into_inner().unwrap()
@@ -916,9 +833,7 @@ pub fn get(port: u16, path: &str) -> (u16, String) {
 fn try_get(port: u16, path: &str) -> Result<(u16, String), String> {
     let mut stream = TcpStream::connect(("127.0.0.1", port)).map_err(|error| error.to_string())?;
     stream.set_read_timeout(Some(Duration::from_secs(10))).map_err(|error| error.to_string())?;
-    stream
-        .write_all(format!("GET {path} HTTP/1.1\r\nHost: localhost\r\nConnection: close\r\n\r\n").as_bytes())
-        .map_err(|error| error.to_string())?;
+    stream.write_all(format!("GET {path} HTTP/1.1\r\nHost: localhost\r\nConnection: close\r\n\r\n").as_bytes()).map_err(|error| error.to_string())?;
     let mut bytes = Vec::new();
     stream.read_to_end(&mut bytes).map_err(|error| error.to_string())?;
     let text = String::from_utf8_lossy(&bytes).into_owned();
@@ -941,21 +856,13 @@ pub fn leftovers(root: &Path) -> Vec<String> {
     let text = root.to_str().unwrap();
     for process in fs_err::read_dir("/proc").unwrap().flatten() {
         let dir = process.path();
-        if !process.file_name().to_string_lossy().bytes().all(|byte| byte.is_ascii_digit())
-            || process.file_name() == *std::process::id().to_string()
-        {
+        if !process.file_name().to_string_lossy().bytes().all(|byte| byte.is_ascii_digit()) || process.file_name() == *std::process::id().to_string() {
             continue;
         }
         let read = |name: &str| fs_err::read(dir.join(name)).unwrap_or_default();
         let cmdline = String::from_utf8_lossy(&read("cmdline")).replace('\0', " ");
         let holds = |name: &str| fs_err::read_link(dir.join(name)).is_ok_and(|target| target.starts_with(root));
-        let open = || {
-            fs_err::read_dir(dir.join("fd"))
-                .into_iter()
-                .flatten()
-                .flatten()
-                .any(|fd| fs_err::read_link(fd.path()).is_ok_and(|target| target.starts_with(root)))
-        };
+        let open = || fs_err::read_dir(dir.join("fd")).into_iter().flatten().flatten().any(|fd| fs_err::read_link(fd.path()).is_ok_and(|target| target.starts_with(root)));
         if cmdline.contains(text) || holds("cwd") || holds("root") || open() {
             found.push(format!("process {} {cmdline}", process.file_name().to_string_lossy()));
         } else if String::from_utf8_lossy(&read("mountinfo")).contains(text) {
