@@ -6,14 +6,14 @@
 //! `…` stands for anything in a line, a line that is only `…` for any lines. All blocks run in
 //! order in one folder with copies of `apps/` and `pipelines/`; 8080 is a port that is free.
 
-use std::collections::{BTreeMap, BTreeSet};
-use std::net::TcpListener;
-use std::path::{Path, PathBuf};
+mod common;
 
+use std::collections::{BTreeMap, BTreeSet};
+use std::path::Path;
+
+use common::{Project, User, repository};
 use pipeline::cmd::Cmd;
 
-/// Longest time for one block: a first build fetches everything.
-const BLOCK_SECONDS: &str = "900";
 /// Anything in a line, or any lines.
 const ANYTHING: &str = "…";
 
@@ -34,19 +34,15 @@ struct Command {
     expected: Vec<String>,
 }
 
-fn top() -> PathBuf {
-    PathBuf::from(env!("CARGO_MANIFEST_DIR"))
-}
-
 /// README, CONTRIBUTING, ARCHITECTURE and everything in docs/: path and text.
 fn pages() -> Vec<(String, String)> {
-    let docs = fs_err::read_dir(top().join("docs"))
+    let docs = fs_err::read_dir(repository().join("docs"))
         .unwrap()
         .map(|entry| format!("docs/{}", entry.unwrap().file_name().into_string().unwrap()));
     let mut names: Vec<String> = docs.filter(|name| name.ends_with(".md")).collect();
     names.sort_unstable();
     names.splice(0..0, ["README.md", "CONTRIBUTING.md", "ARCHITECTURE.md"].map(String::from));
-    names.into_iter().map(|name| (name.clone(), fs_err::read_to_string(top().join(name)).unwrap())).collect()
+    names.into_iter().map(|name| (name.clone(), fs_err::read_to_string(repository().join(name)).unwrap())).collect()
 }
 
 fn blocks(page: &str, text: &str) -> Vec<Block> {
@@ -110,110 +106,60 @@ fn lines(text: &str) -> Vec<&str> {
     text.trim_end().lines().map(str::trim_end).collect()
 }
 
-/// Where the blocks run, and as whom.
+/// Where the blocks run.
 struct Place {
-    dir: tempfile::TempDir,
+    project: Project,
     port: u16,
-    user: Option<String>,
 }
 
 impl Place {
-    fn make() -> Self {
-        let dir = tempfile::Builder::new().prefix("readme-").tempdir().unwrap();
-        for name in ["apps", "pipelines"] {
-            Cmd::new("cp").args(["-R", "--"]).arg(top().join(name)).arg(dir.path()).run().unwrap();
-        }
-        for name in ["home", "bin"] {
-            fs_err::create_dir(dir.path().join(name)).unwrap();
+    fn make(user: User) -> Self {
+        let project = Project::empty(user);
+        for folder in ["apps", "pipelines"] {
+            project.copy(&repository().join(folder), folder);
         }
         // The program by its bare name, as on a PATH.
-        let user = std::env::var("PIPELINE_TEST_USER").ok();
-        let program = std::env::var("PIPELINE_TEST_PROGRAM").unwrap_or_else(|_| env!("CARGO_BIN_EXE_pipeline").into());
-        fs_err::os::unix::fs::symlink(program, dir.path().join("bin/pipeline")).unwrap();
-        if let Some(user) = &user {
-            Cmd::new("chown").args(["-R", "-h", "--", &format!("{user}:")]).arg(dir.path()).run().unwrap();
-        }
-        let port = TcpListener::bind("127.0.0.1:0").unwrap().local_addr().unwrap().port();
-        Self { dir, port, user }
+        project.link(".bin/pipeline", common::binary().to_str().unwrap());
+        Self { project, port: common::free_port() }
     }
 
     /// Runs the commands of a block in one shell; the status and output of each.
     fn run(&self, block: &Block, commands: &[Command]) -> Vec<(String, String)> {
         const MARK: &str = "\u{1}readme\u{1}";
-        let mut script = String::from("exec 2>&1 </dev/null\n");
+        let mut script = String::from("exec 2>&1\n");
         for command in commands {
-            script.push_str(&self.with_port(&command.line));
+            script.push_str(&command.line.replace("8080", &self.port.to_string()));
             script.push_str(&format!("\nprintf '{MARK}%s{MARK}' $?\n"));
         }
-        let path = format!("{}:{}", self.dir.path().join("bin").display(), std::env::var("PATH").unwrap_or_default());
-        let mut shell = match &self.user {
-            Some(user) => Cmd::new("setpriv")
-                .args([format!("--reuid={user}"), format!("--regid={user}"), "--init-groups".into(), "--".into()])
-                .arg("timeout"),
-            None => Cmd::new("timeout"),
-        };
-        shell = shell.args(["--kill-after=10", BLOCK_SECONDS, "bash", "-c", &script]);
-        for name in [
-            "NO_COLOR",
-            "PIPELINE_ROOT",
-            "XDG_DATA_HOME",
-            "XDG_STATE_HOME",
-            "XDG_CONFIG_HOME",
-            "XDG_CACHE_HOME",
-            "SOURCE_DATE_EPOCH",
-            "COLUMNS",
-        ] {
-            shell = shell.env_remove(name);
-        }
-        let root = self.dir.path().join("root");
-        shell =
-            shell.env("PATH", path).env("HOME", self.dir.path().join("home")).env("PIPELINE_ROOT", root).env("LC_ALL", "C.UTF-8");
-        let output = shell.dir(self.dir.path()).output().unwrap();
-        let text = String::from_utf8_lossy(&output.stdout);
-        let parts: Vec<&str> = text.split(MARK).collect();
-        let told: Vec<(String, String)> =
-            parts.chunks(2).filter_map(|pair| Some(((*pair.get(1)?).to_string(), pair[0].to_string()))).collect();
-        assert_eq!(
-            told.len(),
-            commands.len(),
-            "{}: the block ended early ({}):\n{text}",
-            block.place,
-            pipeline::cmd::describe(output.status)
-        );
+        let path = format!("{}:{}", self.project.path(".bin").display(), std::env::var("PATH").unwrap_or_default());
+        let shell = self.project.program("bash").args(&["-c", &script]).env("PATH", path).env("LC_ALL", "C.UTF-8");
+        let answer = shell.env("PIPELINE_ROOT", &self.project.root).run();
+        let parts: Vec<&str> = answer.stdout.split(MARK).collect();
+        let told: Vec<(String, String)> = parts
+            .chunks(2)
+            .filter_map(|pair| Some(((*pair.get(1)?).to_string(), pair[0].replace(&self.port.to_string(), "8080"))))
+            .collect();
+        assert_eq!(told.len(), commands.len(), "{}: the block ended early:\n{}", block.place, answer.stdout);
         told
     }
-
-    fn with_port(&self, text: &str) -> String {
-        text.replace("8080", &self.port.to_string())
-    }
 }
 
-impl Drop for Place {
-    fn drop(&mut self) {
-        // Trees belong to mapped ids; root may remove them, an ordinary user through the namespace only.
-        let _ = Cmd::new("unshare")
-            .args(["--user", "--map-auto", "--map-root-user", "rm", "-rf", "--"])
-            .arg(self.dir.path().join("root"))
-            .run();
-    }
-}
-
-#[test]
-fn blocks_print_what_they_say() {
+/// README's blocks, for one user, in order.
+fn run_blocks(user: User) {
     let (name, text) = &pages()[0];
-    let place = Place::make();
+    let place = Place::make(user);
     let mut ran = 0;
     let mut wrong = Vec::new();
     for block in blocks(name, text).iter().filter(|block| block.info.get(1).is_some_and(|word| word == "run")) {
         assert_eq!(block.info[0], "console", "{}", block.place);
         let commands = commands(block);
         for (command, (status, output)) in commands.iter().zip(place.run(block, &commands)) {
-            let (expected, output) = (command.expected.join("\n"), output.replace(&place.port.to_string(), "8080"));
+            let expected: Vec<&str> = command.expected.iter().map(String::as_str).collect();
             // `$ COMMAND  # exit 2` says which status is meant.
             let wanted = command.line.rsplit_once("# exit ").map_or("0", |(_, status)| status.trim());
-            if status != wanted || !fits(&lines(&expected), &lines(&output)) {
+            if status != wanted || !fits(&expected, &lines(&output)) {
                 wrong.push(format!(
-                    "{}: `{}` exits with {status}, not {wanted}, or prints something else:\n{output}",
+                    "{}: `{}` exits with {status} or prints something else, as {user:?}:\n{output}",
                     block.place, command.line
                 ));
             }
@@ -222,6 +168,20 @@ fn blocks_print_what_they_say() {
     }
     assert!(wrong.is_empty(), "{}", wrong.join("\n"));
     assert!(ran >= 15, "only {ran} commands were run");
+    place.project.assert_clean();
+}
+
+#[test]
+fn blocks_print_what_they_say() {
+    run_blocks(common::me());
+}
+
+#[test]
+fn blocks_print_what_they_say_to_an_ordinary_user() {
+    // Without root the test above is this one.
+    if common::users().len() > 1 {
+        run_blocks(User::Ordinary);
+    }
 }
 
 /// Each word of a shell line up to a comment or an operator.
@@ -231,7 +191,7 @@ fn words(line: &str) -> Vec<&str> {
 
 #[test]
 fn commands_on_all_pages_exist() {
-    let makefile = fs_err::read_to_string(top().join("Makefile")).unwrap();
+    let makefile = fs_err::read_to_string(repository().join("Makefile")).unwrap();
     let targets: BTreeSet<&str> = makefile.lines().filter_map(|line| line.split_once(':')).map(|(name, _)| name).collect();
     let program = env!("CARGO_BIN_EXE_pipeline");
     let mut helps: BTreeMap<Vec<String>, String> = BTreeMap::new();
@@ -276,7 +236,7 @@ fn commands_on_all_pages_exist() {
 #[test]
 fn every_link_leads_somewhere() {
     for (page, text) in pages() {
-        let folder = top().join(&page).parent().map(Path::to_path_buf).unwrap_or_default();
+        let folder = repository().join(&page).parent().unwrap_or(Path::new("")).to_owned();
         for target in text.split("](").skip(1).filter_map(|rest| rest.split(')').next()) {
             let path = target.split('#').next().unwrap_or_default();
             if !target.contains("://") && !path.is_empty() {
@@ -297,7 +257,7 @@ fn first_column(text: &str, heading: &str) -> BTreeSet<String> {
 
 #[test]
 fn the_table_of_crates_is_whole() {
-    let cargo = fs_err::read_to_string(top().join("Cargo.toml")).unwrap();
+    let cargo = fs_err::read_to_string(repository().join("Cargo.toml")).unwrap();
     let section = |name: &str| {
         cargo.split(&format!("[{name}]\n")).nth(1).and_then(|rest| rest.split("\n[").next()).unwrap_or_default().to_string()
     };
@@ -326,7 +286,7 @@ fn properties(schema: &serde_json::Value, names: &mut BTreeSet<String>) {
 
 #[test]
 fn the_reference_has_every_key_and_its_example_is_right() {
-    let text = fs_err::read_to_string(top().join("docs/pipeline-file.md")).unwrap();
+    let text = fs_err::read_to_string(repository().join("docs/pipeline-file.md")).unwrap();
     let mut names = BTreeSet::new();
     properties(&serde_json::to_value(pipeline::config::schema()).unwrap(), &mut names);
     assert!(names.len() > 40, "{names:?}");
