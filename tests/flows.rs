@@ -84,6 +84,15 @@ fn run_serves_and_stops() {
             answer.code(status);
             project.assert_clean();
         }
+        // One that does not care is killed when it is asked twice.
+        let mut stubborn = project.pipeline(&["run", "tiny", "--port", "0", "--", "sh", "-c", "trap '' INT; echo ready; sleep 60 & wait; wait; sleep 60"]).start();
+        stubborn.wait_for("ready");
+        stubborn.signal(SIGINT);
+        std::thread::sleep(Duration::from_millis(300));
+        assert!(!stubborn.is_over());
+        stubborn.signal(SIGINT);
+        stubborn.wait(Duration::from_secs(5)).code(137);
+        project.assert_clean();
         // A port that is taken is told before anything starts.
         let taken = std::net::TcpListener::bind("127.0.0.1:0").unwrap();
         let port = taken.local_addr().unwrap().port().to_string();
@@ -127,7 +136,7 @@ fn run_gives_the_program_what_the_image_says() {
         prints("ls /var/lib/data; ls /tmp", "");
         // No network but the own loopback.
         prints("ls /sys/class/net 2>/dev/null || awk -F: 'NR > 2 {print $1}' /proc/net/dev | tr -d ' '", "lo\n");
-        for (script, status) in [("exit 7", 7), ("kill -9 $$", 137), ("kill -15 $$", 143), ("true", 0)] {
+        for (script, status) in [("exit 7", 7), ("sh -c 'kill -9 $$'; exit $?", 137), ("sh -c 'kill -15 $$'; exit $?", 143), ("true", 0)] {
             sh(script).code(status);
         }
         let folder = project.beside("volume");

@@ -102,7 +102,7 @@ const CASES: &[Case] = &[
     },
     Case {
         name: "the builder's run, which is in the application layer",
-        change: |project| project.edit("builder/s2i/bin/run", "exec httpd", "exec /bin/httpd"),
+        change: |project| project.edit("builder/s2i/bin/run", "httpd -f", "/bin/httpd -f"),
         from: Some("application"),
         reasons: &["application: builder script `run` changed", APPLICATION_BELOW],
     },

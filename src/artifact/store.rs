@@ -312,7 +312,12 @@ impl Store {
     /// A broken index: it is never overwritten, since that would lose tags.
     pub fn index(&self) -> Result<Index> {
         let path = self.layout().join("index.json");
-        let bytes = fs_err::read(&path)?;
+        let bytes = match fs_err::read(&path) {
+            Ok(bytes) => bytes,
+            // Moved away since it was broken, as the hint below says.
+            Err(error) if error.kind() == std::io::ErrorKind::NotFound => return Ok(Index::default()),
+            Err(error) => return Err(error.into()),
+        };
         serde_json::from_slice(&bytes).map_err(|error| {
             Problem::failed(format!("`{}` is broken: {error}", path.display())).hint("the blobs are intact: move the file away and build again, which tags them anew").into()
         })

@@ -25,7 +25,7 @@ pub struct Group {
 
 impl Group {
     /// Makes the groups `limits` ask for, where it may; what it may not is left to resource limits.
-    pub fn make(limits: &Limits, id: u32) -> Self {
+    pub fn make(limits: &Limits, id: &str) -> Self {
         let mut group = Self::default();
         if limits.memory.is_none() && limits.processes.is_none() {
             return group;

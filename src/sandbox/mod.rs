@@ -225,7 +225,8 @@ fn map_ids(pid: u32) -> Result<()> {
     let uid = rustix::process::geteuid().as_raw();
     if uid == 0 {
         for name in ["uid_map", "gid_map"] {
-            fs_err::write(proc.join(name), format!("0 0 {IDS}\n")).context("cannot map the ids of the user namespace")?;
+            let own = fs_err::read_to_string(Path::new("/proc/self").join(name))?;
+            fs_err::write(proc.join(name), identity_map(&own)).context("cannot map the ids of the user namespace")?;
         }
         return Ok(());
     }
@@ -245,6 +246,19 @@ fn map_ids(pid: u32) -> Result<()> {
             })?;
     }
     Ok(())
+}
+
+/// The first [`IDS`] ids of `own`, a map as in user_namespaces(7), each as itself. A range of the new
+/// map must lie in one of the namespace's own, and a rootless container's has two.
+fn identity_map(own: &str) -> String {
+    let rows = own.lines().filter_map(|line| {
+        let mut fields = line.split_whitespace();
+        let start: u32 = fields.next()?.parse().ok()?;
+        let count: u32 = fields.nth(1)?.parse().ok()?;
+        let count = count.min(IDS.checked_sub(start)?);
+        (count > 0).then(|| format!("{start} {start} {count}\n"))
+    });
+    rows.collect()
 }
 
 fn no_range(user: &str, file: &str) -> Problem {
@@ -294,6 +308,18 @@ fn detach_from_terminal(command: &mut std::process::Command) {
 #[cfg(test)]
 mod tests {
     use super::*;
+
+    #[test]
+    fn root_keeps_its_ids() {
+        let cases = [
+            ("         0          0 4294967295\n", "0 0 65536\n"),
+            ("         0       1000          1\n         1     100000      65536\n", "0 0 1\n1 1 65535\n"),
+            ("0 1000 1\n70000 5 5\n", "0 0 1\n"),
+        ];
+        for (own, expected) in cases {
+            assert_eq!(identity_map(own), expected);
+        }
+    }
 
     #[test]
     fn ranges_are_found_by_name_or_id() {

@@ -773,7 +773,8 @@ port: 8080
 ";
 const TINY_DEPENDENCIES: &str = "#!/bin/sh\nset -eu\nmkdir -p /opt/dependencies\ncp /tmp/src/lock.txt /opt/dependencies/installed\nchmod -R u+rwX,go+rX,go-w /opt\n";
 const TINY_ASSEMBLE: &str = "#!/bin/sh\nset -eu\numask 022\nmkdir -p /opt/app\ncp -a /tmp/src/. /opt/app\ndate > /dev/null\necho assembled\n";
-const TINY_RUN: &str = "#!/bin/sh\nexec httpd -f -p 8080 -h /opt/app\n";
+// PID 1 gets only the signals it asked for.
+const TINY_RUN: &str = "#!/bin/sh\nhttpd -f -p ${PORT:-8080} -h /opt/app &\ntrap 'kill $!; exit 130' INT\ntrap 'kill $!; exit 143' TERM\nwait\n";
 
 /// A root file system of Debian's busybox-static: a tar, the same bytes in every test.
 pub fn tiny_base() -> &'static [u8] {

@@ -152,7 +152,9 @@ id -u > ./assembled-by
 END
 cat > /usr/libexec/s2i/run <<'END'
 #!/bin/sh
-exec httpd -f -p 8080 -h /opt/app-root/src
+httpd -f -p 8080 -h /opt/app-root/src &
+trap 'kill $!; exit 143' TERM
+wait
 END
 chmod 755 /usr/libexec/s2i/*
 "#,

@@ -91,8 +91,6 @@ fn docker_loads_the_export_and_serves_the_same_page() {
 fn docker_loads_gzip_layers_too() {
     let project = Project::tiny(me());
     project.edit("pipeline.yaml", "image:\n", "image:\n  compression: gzip\n");
-    project.edit("builder/s2i/bin/run", "exec httpd -f -p 8080", "trap 'kill $!; exit' TERM; httpd -f -p ${PORT:-8080}");
-    project.edit("builder/s2i/bin/run", "-h /opt/app", "-h /opt/app & wait");
     project.build(&[]);
     check(&project, "tiny", "/", "<h1>tiny</h1>");
 }
