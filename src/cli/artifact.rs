@@ -7,7 +7,7 @@ use anyhow::{Context as _, Result};
 use serde::Serialize;
 use serde_json::{Value, json};
 
-use super::{Global, signals, ui};
+use super::{Global, signals, report, ui};
 use crate::artifact::store::{Descriptor, REF_NAME, Store};
 use crate::artifact::{archive, image};
 use crate::build::{self, base, prune, record, verify};
@@ -159,8 +159,8 @@ fn list(global: &Global, around: &ui::Surroundings) -> Result<u8> {
             return "the store is empty\n".into();
         }
         let mut table = vec![["NAME", "DIGEST", "SIZE", "DATE"].map(String::from).to_vec()];
-        table.extend(rows.iter().map(|row| vec![row.name.clone(), row.digest.short(), ui::bytes(row.bytes), row.created.clone().unwrap_or_default()]));
-        ui::table(&table)
+        table.extend(rows.iter().map(|row| vec![row.name.clone(), row.digest.short(), report::bytes(row.bytes), row.created.clone().unwrap_or_default()]));
+        report::table(&table)
     })?;
     Ok(0)
 }
@@ -195,7 +195,7 @@ fn show_text(value: &Value) -> String {
     let text = |value: &Value| value.as_str().map_or_else(|| value.to_string(), String::from);
     let mut lines = vec![format!("{} {}", text(&value["name"]), text(&value["digest"]))];
     for (index, layer) in value["layers"].as_array().into_iter().flatten().enumerate() {
-        let size = ui::bytes(layer["bytes"].as_u64().unwrap_or(0));
+        let size = report::bytes(layer["bytes"].as_u64().unwrap_or(0));
         lines.push(format!("  layer {}: {} {size} {}", index + 1, text(&layer["made_by"]), text(&layer["digest"])));
     }
     for (key, entry) in value["config"].as_object().into_iter().flatten() {
@@ -300,13 +300,13 @@ fn prune(global: &Global, around: &ui::Surroundings, dry_run: bool, keep: usize)
     ui::answer(global, &pruned, || {
         let mut text = String::new();
         for item in pruned.unneeded.iter().filter(|item| item.bytes > 0) {
-            text.push_str(&format!("{} {} {}\n", item.kind, item.path.file_name().unwrap_or_default().to_string_lossy(), ui::bytes(item.bytes)));
+            text.push_str(&format!("{} {} {}\n", item.kind, item.path.file_name().unwrap_or_default().to_string_lossy(), report::bytes(item.bytes)));
         }
         for path in &pruned.in_use {
             text.push_str(&format!("in use, kept: {}\n", path.display()));
         }
         let verb = if dry_run { "would free" } else { "freed" };
-        text + &format!("{verb} {} ({} items)\n", ui::bytes(pruned.bytes), pruned.unneeded.len() - pruned.in_use.len())
+        text + &format!("{verb} {} ({} items)\n", report::bytes(pruned.bytes), pruned.unneeded.len() - pruned.in_use.len())
     })?;
     Ok(0)
 }

@@ -3,7 +3,7 @@
 use anyhow::Result;
 use serde_json::json;
 
-use super::{Global, ui};
+use super::{Global, report, ui};
 use crate::sandbox::probe::{self, Check, ProbeEnv, State};
 
 #[derive(Debug, clap::Args)]
@@ -48,7 +48,7 @@ fn text(checks: &[Check], works: bool, fix: Option<&str>) -> String {
             vec![state.to_string(), check.name.to_string(), check.detail.clone()]
         })
         .collect();
-    let mut text = ui::table(&rows);
+    let mut text = report::table(&rows);
     for check in checks.iter().filter(|check| check.state != State::Ok) {
         if let Some(fix) = &check.fix {
             text.push_str(&format!("{}: {fix}\n", check.name));

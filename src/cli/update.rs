@@ -2,7 +2,7 @@
 
 use anyhow::Result;
 
-use super::{Global, signals, ui};
+use super::{Global, signals, report, ui};
 use crate::build::update::{self, Updated};
 use crate::progress::Progress as _;
 
@@ -47,7 +47,7 @@ fn text(updated: &Updated, check: bool) -> String {
             .iter()
             .map(|change| vec![format!("  {}", change.name), change.old.clone().unwrap_or_else(|| "none".into()), "→".into(), change.new.clone().unwrap_or_else(|| "none".into())])
             .collect();
-        text.push_str(&ui::table(&rows));
+        text.push_str(&report::table(&rows));
     }
     text.push_str(match (updated.is_current(), check, updated.written) {
         (true, _, false) => "everything is current\n",
