@@ -146,7 +146,8 @@ fn run_gives_the_program_what_the_image_says() {
         assert_eq!(fs_err::read_to_string(folder.join("x")).unwrap(), "kept\n");
         let typed = project.pipeline(&["run", "tiny", "--port", "0", "--interactive", "--", "cat"]).input("typed\n").run();
         assert_eq!(typed.code(0).stdout, "typed\n");
-        project.pipeline(&["run", "tiny", "--port", "0", "--", "no-such-program"]).run().says("no-such-program").code(127);
+        project.pipeline(&["run", "tiny", "--port", "0", "--", "no-such-program"]).run().code(125).says("error: the image has no program `no-such-program`");
+        project.pipeline(&["run", "tiny", "--port", "0", "--", "/opt/app/index.html"]).run().code(125).says("error: the image has no program `/opt/app/index.html`");
         project.pipeline(&["run", "tinny"]).run().code(125).says("the store has no image `tinny`").says("did you mean `tiny`?");
         project.edit("pipeline.yaml", "name: tiny", "name: unbuilt");
         project.pipeline(&["run", "unbuilt"]).run().code(125).says("`unbuilt` is not built yet").says("hint: pipeline build unbuilt");

@@ -49,6 +49,7 @@ pub fn export(store: &Store, name: &str, descriptor: &Descriptor, out: &mut dyn 
     }
     let plain: BTreeMap<String, Digest> = layers.iter().filter(is_zstd).map(|layer| (plain_path(layer), layer.descriptor.digest)).collect();
     for (path, digest) in &plain {
+        append(&mut tar, path.trim_end_matches("layer.tar"), tar::EntryType::Directory, 0, &mut std::io::empty())?;
         let open = || -> Result<_> { Ok(Compression::Zstd.reader(BufReader::new(fs_err::File::open(store.blob(digest))?))?) };
         // A tar says the size of an entry before its bytes, and a zstd stream need not say it at all.
         let size = std::io::copy(&mut open()?, &mut std::io::sink()).with_context(|| format!("cannot decompress layer {digest}"))?;

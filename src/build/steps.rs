@@ -292,7 +292,7 @@ impl Runner<'_> {
             Configure::Ansible(_) => {
                 let folder = path.parent().context("a folder")?;
                 spec.mounts.push(Mount::Bind { source: folder.to_path_buf(), target: CONFIGURE.into(), writable: false });
-                spec.env.extend([("ANSIBLE_LOCAL_TEMP", "/tmp/.ansible"), ("ANSIBLE_REMOTE_TEMP", "/tmp/.ansible"), ("ANSIBLE_NOCOLOR", "1"), ("PYTHONDONTWRITEBYTECODE", "1")].map(|(key, value)| (key.into(), value.into())));
+                spec.env.extend([("ANSIBLE_HOME", "/tmp/.ansible"), ("ANSIBLE_LOCAL_TEMP", "/tmp/.ansible"), ("ANSIBLE_REMOTE_TEMP", "/tmp/.ansible"), ("ANSIBLE_NOCOLOR", "1"), ("PYTHONDONTWRITEBYTECODE", "1")].map(|(key, value)| (key.into(), value.into())));
                 spec.argv = ["ansible-playbook", "--connection", "local", "--inventory", "localhost,"].map(String::from).to_vec();
                 spec.argv.push(format!("{CONFIGURE}/{name}"));
                 format!("playbook `{name}`")

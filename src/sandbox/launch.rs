@@ -15,6 +15,7 @@ use std::time::{Duration, Instant};
 
 use anyhow::{Context as _, Result};
 use rustix::event::{PollFd, PollFlags, Timespec, poll};
+use rustix::fs::{FileType, Mode, OFlags, ResolveFlags};
 use rustix::mount::{MountFlags, UnmountFlags};
 use serde_json::json;
 
@@ -39,9 +40,38 @@ pub fn run(spec: &RunSpec, channel: &Channel, stdio: Vec<OwnedFd>) -> Result<Exi
     let mounted = Mounted::mount(spec)?;
     let group = Group::make(&spec.limits, &name_of(spec));
     let user = User::resolve(&spec.user, &mounted.root)?;
+    if spec.program {
+        check_program(spec, &mounted.root)?;
+    }
     let command = if user.uid == 0 && user.gid == 0 && !spec.program { bubblewrap(spec, &mounted) } else { runc(spec, &mounted, &user)? };
     let mut child = spawn(spec, command, stdio, group)?;
     follow(spec, channel, &mut child)
+}
+
+/// Refuses a program that is not in the tree: runc's own exit status would pass for the program's.
+/// One below a mount is not looked for.
+fn check_program(spec: &RunSpec, root: &Path) -> Result<()> {
+    let name = spec.argv.first().context("a command")?;
+    let path = spec.env.iter().find(|(key, _)| key == "PATH").map_or("", |(_, value)| value.as_str());
+    let places: Vec<PathBuf> = match name.contains('/') {
+        true => vec![Path::new(&spec.cwd).join(name)],
+        false => path.split(':').map(|dir| Path::new(&spec.cwd).join(dir).join(name)).collect(),
+    };
+    let is_mounted = |place: &Path| {
+        spec.mounts.iter().any(|mount| match mount {
+            Mount::Bind { target, .. } | Mount::Tmpfs { target } => place.starts_with(target),
+            Mount::Overlay { .. } => false,
+        })
+    };
+    let top = rustix::fs::open(root, OFlags::PATH | OFlags::DIRECTORY | OFlags::CLOEXEC, Mode::empty()).with_context(|| format!("cannot open `{}`", root.display()))?;
+    let is_program = |place: &Path| {
+        let file = rustix::fs::openat2(&top, place, OFlags::PATH | OFlags::CLOEXEC, Mode::empty(), ResolveFlags::IN_ROOT | ResolveFlags::NO_MAGICLINKS);
+        file.and_then(rustix::fs::fstat).is_ok_and(|stat| FileType::from_raw_mode(stat.st_mode) == FileType::RegularFile && stat.st_mode & 0o111 != 0)
+    };
+    if places.iter().any(|place| is_mounted(place) || is_program(place)) {
+        return Ok(());
+    }
+    Err(Problem::failed(format!("the image has no program `{name}`")).hint("write its path, or look at `PATH` in `pipeline artifact show`").into())
 }
 
 /// The mounts of one command, undone in reverse order.
@@ -85,6 +115,12 @@ impl Mounted {
         let empty = scratch.join("empty");
         fs_err::create_dir_all(&empty)?;
         fs_err::create_dir_all(scratch.join("work"))?;
+        // The mark of an earlier volatile mount, as before the shell in a failed step: what it warns of
+        // is a crash of the machine in between (kernel documentation, overlayfs, "Volatile mount").
+        let mark = scratch.join("work/work/incompat");
+        if mark.symlink_metadata().is_ok() {
+            fs_err::remove_dir_all(&mark)?;
+        }
         let mut names = Vec::new();
         let mut link = |name: String, to: &Path| -> Result<()> {
             let path = scratch.join(&name);
