@@ -1,10 +1,13 @@
 //! Images in one file: an OCI image layout as a tar, with the `manifest.json` that `docker load`
 //! reads beside it.
 //!
+//! Docker before 23 cannot read zstd layers, so `manifest.json` points at plain copies of those,
+//! outside of the layout: `DIFFID/layer.tar`, as `docker save` names them.
+//!
 //! The same image gives the same file: sorted entries, no times, no owners.
 
 use std::collections::BTreeMap;
-use std::io::{Read, Write};
+use std::io::{BufReader, Read, Write};
 
 use anyhow::{Context as _, Result};
 use serde_json::json;
@@ -12,6 +15,7 @@ use serde_json::json;
 use super::image;
 use super::store::{Descriptor, Index, REF_NAME, Store};
 use crate::error::Problem;
+use crate::oci::compress::Compression;
 use crate::oci::digest::Digest;
 
 /// Writes the image `descriptor`, named `name` (`NAME:TAG`), to `out`.
@@ -22,10 +26,14 @@ pub fn export(store: &Store, name: &str, descriptor: &Descriptor, out: &mut dyn 
     entry.annotations = BTreeMap::from([(REF_NAME.to_string(), name.to_string()), ("io.containerd.image.name".to_string(), format!("docker.io/library/{name}"))]);
     let index = Index { manifests: vec![entry], ..Index::default() };
     let path = |digest: &Digest| format!("blobs/sha256/{}", digest.hex());
+    let layers = image::layers(store, &descriptor.digest)?;
+    let is_zstd = |layer: &&image::Layer| Compression::of_media_type(&layer.descriptor.media_type) == Some(Compression::Zstd);
+    let plain_path = |layer: &image::Layer| format!("{}/layer.tar", layer.diff_id.hex());
+    let docker_path = |layer: &image::Layer| if is_zstd(&layer) { plain_path(layer) } else { path(&layer.descriptor.digest) };
     let docker = json!([{
         "Config": path(&manifest.config.digest),
         "RepoTags": [name],
-        "Layers": manifest.layers.iter().map(|layer| path(&layer.digest)).collect::<Vec<_>>(),
+        "Layers": layers.iter().map(docker_path).collect::<Vec<_>>(),
     }]);
     let mut blobs: BTreeMap<String, (Digest, u64)> = BTreeMap::new();
     for descriptor in std::iter::once(&manifest.config).chain(&manifest.layers).chain(std::iter::once(descriptor)) {
@@ -38,6 +46,13 @@ pub fn export(store: &Store, name: &str, descriptor: &Descriptor, out: &mut dyn 
     for (path, (digest, size)) in &blobs {
         store.verify(digest)?;
         append(&mut tar, path, tar::EntryType::Regular, *size, &mut fs_err::File::open(store.blob(digest))?)?;
+    }
+    let plain: BTreeMap<String, Digest> = layers.iter().filter(is_zstd).map(|layer| (plain_path(layer), layer.descriptor.digest)).collect();
+    for (path, digest) in &plain {
+        let open = || -> Result<_> { Ok(Compression::Zstd.reader(BufReader::new(fs_err::File::open(store.blob(digest))?))?) };
+        // A tar says the size of an entry before its bytes, and a zstd stream need not say it at all.
+        let size = std::io::copy(&mut open()?, &mut std::io::sink()).with_context(|| format!("cannot decompress layer {digest}"))?;
+        append(&mut tar, path, tar::EntryType::Regular, size, &mut open()?)?;
     }
     for (path, bytes) in [
         ("index.json", serde_json::to_vec(&index)?),

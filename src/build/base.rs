@@ -53,7 +53,10 @@ pub fn requests(pipeline: &Pipeline, builder: Option<&super::builder::Meta>, ima
     if pipeline.configure.iter().any(|configure| matches!(configure, Configure::Ansible(_))) {
         building.push(ANSIBLE.into());
     }
+    let replaced = replaced(pipeline);
     let (suite, repositories, mut on) = match (&pipeline.base, image) {
+        (_, Some((digest, suite))) if replaced => (suite.to_string(), Vec::new(), Some(digest.to_string())),
+        _ if replaced => return requests,
         (Base::Debian(debian), _) => {
             let request = mirrors::request(debian.suite.as_str(), &debian.packages, &debian.repositories, None);
             let key = request.key();
@@ -76,15 +79,22 @@ pub fn requests(pipeline: &Pipeline, builder: Option<&super::builder::Meta>, ima
     requests
 }
 
+/// Whether an S2I builder image takes the place of the base.
+pub fn replaced(pipeline: &Pipeline) -> bool {
+    matches!(pipeline.runtime.builder, BuilderRef::Image(_))
+}
+
 /// Whether a pipeline asks for packages on top of something that is not `debian:`.
 pub fn packages_on_image(pipeline: &Pipeline, builder: Option<&super::builder::Meta>) -> bool {
-    let own = match &pipeline.base {
+    let own: &[String] = match &pipeline.base {
+        _ if replaced(pipeline) => &[],
         Base::Debian(_) | Base::Scratch => return false,
         Base::Image { packages, .. } | Base::Oci { packages, .. } | Base::Tar { packages, .. } => packages,
     };
     !own.is_empty()
         || !pipeline.runtime.packages.is_empty()
         || !pipeline.build.packages.is_empty()
+        || pipeline.configure.iter().any(|configure| matches!(configure, Configure::Ansible(_)))
         || builder.is_some_and(|meta| !meta.packages.is_empty() || !meta.build_packages.is_empty())
 }
 

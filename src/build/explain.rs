@@ -113,7 +113,7 @@ fn changed(name: &str, old: &str, new: &str) -> String {
         let (old, new) = (version(old), version(new));
         return if old == new { format!("{} has other bytes", quoted(name)) } else { format!("{} {old} → {new}", quoted(name)) };
     }
-    if name.starts_with("variable ") || name.starts_with("builder variable ") || name.starts_with("s2i variable ") || name == "network" || name == "limits" || name == "suite" {
+    if name.starts_with("variable ") || name.starts_with("builder variable ") || name.starts_with("s2i variable ") || name == "network" || name == "compression" || name == "limits" || name == "suite" {
         let shown = |value: &str| value.split_once(':').filter(|_| name.contains("variable")).map_or(value, |(_, value)| value).to_string();
         return format!("{} changed from `{}` to `{}`", quoted(name), shown(old), shown(new));
     }

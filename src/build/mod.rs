@@ -26,6 +26,8 @@ pub mod work;
 
 use std::collections::BTreeMap;
 use std::path::{Path, PathBuf};
+use std::sync::{Mutex, PoisonError};
+use std::thread::JoinHandle;
 use std::time::Instant;
 
 use anyhow::{Context as _, Result};
@@ -119,6 +121,8 @@ pub struct Prepared {
     /// Digests of the two listings.
     pub listing_digests: (Option<Digest>, Option<Digest>),
     pub git: Option<GitState>,
+    /// How many files differ from HEAD, still being counted while the first steps run.
+    counting: Mutex<Option<JoinHandle<Result<usize>>>>,
     pub s2i_environment: BTreeMap<String, String>,
     pub secrets: Vec<secret::Value>,
     pub fingerprints: Vec<(String, String)>,
@@ -243,6 +247,7 @@ fn prepare_unresolved(pipeline: &Pipeline, lock: lock::Lock, base_image: Option<
         lock_files: None,
         listing_digests: (None, None),
         git: None,
+        counting: Mutex::new(None),
         s2i_environment: BTreeMap::new(),
         secrets: Vec::new(),
         fingerprints: Vec::new(),
@@ -254,6 +259,7 @@ fn prepare_unresolved(pipeline: &Pipeline, lock: lock::Lock, base_image: Option<
 /// A builder says which Debian suites it was made for.
 fn check_suite(pipeline: &Pipeline, builder: Option<&Builder>) -> Result<()> {
     if let (Some(builder), Base::Debian(debian)) = (builder, &pipeline.base)
+        && !builder.meta.suites.is_empty()
         && !builder.meta.suites.contains(&debian.suite)
     {
         let suites: Vec<_> = builder.meta.suites.iter().map(ToString::to_string).collect();
@@ -289,7 +295,7 @@ fn read_requests(build: &Build<'_>, prepared: &mut Prepared) -> Result<String> {
 /// The package sets: from the lock, or resolved now.
 fn resolve_sets(build: &Build<'_>, prepared: &mut Prepared, locked: bool) -> Result<()> {
     let mut installed = read_requests(build, prepared)?;
-    let on_image = !matches!(prepared.pipeline.base, Base::Debian(_));
+    let on_image = base::replaced(&prepared.pipeline) || !matches!(prepared.pipeline.base, Base::Debian(_));
     for wanted in prepared.requests.clone() {
         let key = wanted.request.key();
         if prepared.lock.sets.contains_key(&key) {
@@ -363,16 +369,20 @@ fn read_source(build: &Build<'_>, prepared: &mut Prepared) -> Result<()> {
     let options = source::scan::ScanOptions { gitignore: checkout.is_none(), cache: Some(&stat_cache) };
     let scan = source::scan::scan(&root, &options)?;
     let digest = scan.listing.digest();
+    let git_cache = build.store.cache("stat").join(format!("{cache_name}.git"));
     prepared.git = match &checkout {
         Some(checkout) => Some(checkout.state.clone()),
-        None => source::git::state(&root, &digest, Some(&build.store.cache("stat").join(format!("{cache_name}.git"))))?,
+        None => match source::git::same_commit(&root, &git_cache).filter(|_| !source::git::is_known(&root, &digest, &git_cache)) {
+            Some(state) => {
+                // Only the count of changed files is open, and no key needs it.
+                let (root, cache) = (root.clone(), git_cache.clone());
+                let count = move || Ok(source::git::state(&root, &digest, Some(&cache))?.map_or(0, |state| state.changed));
+                *prepared.counting.get_mut().unwrap_or_else(PoisonError::into_inner) = Some(std::thread::spawn(count));
+                Some(state)
+            }
+            None => source::git::state(&root, &digest, Some(&git_cache))?,
+        },
     };
-    if let Some(git) = &prepared.git
-        && git.changed > 0
-    {
-        let files = if git.changed == 1 { "1 file differs".to_string() } else { format!("{} files differ", git.changed) };
-        build.progress.warn(format!("the work tree is built as it lies: {files} from commit {}", &git.head[..git.head.len().min(12)]));
-    }
     prepared.source_epoch = build.host.source_date_epoch.or_else(|| prepared.git.as_ref().and_then(|git| git.last_commit.as_ref()).map(|commit| commit.time)).unwrap_or(plan::FIXED_EPOCH);
     if let Some(dependencies) = prepared.builder.as_ref().and_then(|builder| builder.meta.dependencies.as_ref()) {
         prepared.lock_files = Some(scan.listing.filter(&dependencies.inputs)?);
@@ -382,6 +392,22 @@ fn read_source(build: &Build<'_>, prepared: &mut Prepared) -> Result<()> {
     prepared.listing = Some(scan.listing);
     prepared.source_root = Some(root);
     Ok(())
+}
+
+/// Files of the source that differ from HEAD; waits for the count when it is not there yet, and
+/// says so once.
+fn changed_files(build: &Build<'_>, prepared: &Prepared) -> Result<usize> {
+    let Some(git) = &prepared.git else { return Ok(0) };
+    let counting = prepared.counting.lock().unwrap_or_else(PoisonError::into_inner).take();
+    let changed = match counting {
+        Some(thread) => thread.join().map_err(|_| anyhow::anyhow!("the thread that asks Git panicked"))??,
+        None => git.changed,
+    };
+    if changed > 0 {
+        let files = if changed == 1 { "1 file differs".to_string() } else { format!("{changed} files differ") };
+        build.progress.warn(format!("the work tree is built as it lies: {files} from commit {}", &git.head[..git.head.len().min(12)]));
+    }
+    Ok(changed)
 }
 
 /// `.s2i/environment`: `NAME=VALUE` lines; one pair of quotes around a value is taken off, as the
@@ -577,6 +603,7 @@ fn finish(build: &Build<'_>, prepared: &Prepared, steps: &[Step], results: Vec<(
     refuse_secrets_in_config(prepared, &recipe)?;
     let descriptor: Descriptor = crate::artifact::image::write(build.store, &recipe)?;
     let name = format!("{}:latest", prepared.pipeline.name);
+    let changed_files = changed_files(build, prepared)?;
     let summary = results.iter().map(|(record, ran)| BuiltStepSummary { step: record.step.clone(), key: record.key, ran: *ran, seconds: if *ran { record.seconds } else { 0.0 }, script_seconds: if *ran { record.script_seconds } else { 0.0 }, bytes: record.bytes() });
     let built = Built {
         schema: 1,
@@ -584,11 +611,11 @@ fn finish(build: &Build<'_>, prepared: &Prepared, steps: &[Step], results: Vec<(
         digest: descriptor.digest,
         steps: summary.collect(),
         seconds: started.elapsed().as_secs_f64(),
-        changed_files: prepared.git.as_ref().map_or(0, |git| git.changed),
+        changed_files,
     };
     if !options.untagged {
         build.store.tag(&name, &descriptor)?;
-        remember(build, prepared, steps, &results, descriptor.digest)?;
+        remember(build, prepared, steps, &results, descriptor.digest, changed_files)?;
     }
     build.progress.event(Event::Built { name, digest: built.digest.to_string(), seconds: built.seconds });
     Ok(built)
@@ -604,7 +631,7 @@ fn refuse_secrets_in_config(prepared: &Prepared, recipe: &crate::artifact::image
     }
 }
 
-fn remember(build: &Build<'_>, prepared: &Prepared, steps: &[Step], results: &[(StepRecord, bool)], digest: Digest) -> Result<()> {
+fn remember(build: &Build<'_>, prepared: &Prepared, steps: &[Step], results: &[(StepRecord, bool)], digest: Digest, changed: usize) -> Result<()> {
     for (digest, listing) in prepared.listings() {
         let path = build.store.cache("listings").join(digest.hex());
         if !path.exists() {
@@ -627,7 +654,7 @@ fn remember(build: &Build<'_>, prepared: &Prepared, steps: &[Step], results: &[(
             digest,
             time: build.host.now,
             head: prepared.git.as_ref().map(|git| git.head.clone()),
-            changed: prepared.git.as_ref().map_or(0, |git| git.changed),
+            changed,
             steps: steps.collect(),
         },
     )

@@ -9,7 +9,7 @@ use std::collections::{BTreeMap, BTreeSet};
 use serde::{Deserialize, Serialize};
 
 use super::builder::Builder;
-use crate::config::types::{Configure, Limits, Network, Pipeline};
+use crate::config::types::{Compression, Configure, Limits, Network, Pipeline};
 use crate::oci::digest::{Digest, Hasher};
 
 /// The only platform for now.
@@ -124,7 +124,7 @@ pub struct Inputs<'a> {
 
 /// The steps, bottom first.
 pub fn plan(inputs: &Inputs<'_>) -> Vec<Step> {
-    let mut chain = Chain { steps: Vec::new() };
+    let mut chain = Chain { steps: Vec::new(), compression: inputs.pipeline.image.compression };
     match &inputs.base {
         BaseInput::Debian(set) => chain.push("base", Action::Debian, true, set.epoch, packages(set)),
         BaseInput::Image { reference, digest } => {
@@ -180,12 +180,17 @@ pub fn plan(inputs: &Inputs<'_>) -> Vec<Step> {
 
 struct Chain {
     steps: Vec<Step>,
+    compression: Compression,
 }
 
 impl Chain {
     fn push(&mut self, name: &str, action: Action, ships: bool, epoch: i64, mut ingredients: Vec<Ingredient>) {
         if let Some(below) = self.steps.last() {
             ingredients.insert(0, plain(format!("step {}", below.name), below.key.to_string()));
+        }
+        // The layers of an image are taken as they are; all others are blobs of ours.
+        if action != Action::Image {
+            ingredients.push(plain("compression", if self.compression == Compression::Gzip { "gzip" } else { "zstd" }));
         }
         ingredients.push(plain("date", epoch.to_string()));
         let key = key(&action, &ingredients);

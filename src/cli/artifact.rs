@@ -205,7 +205,8 @@ fn show_text(value: &Value) -> String {
         lines.push(format!("  {key}: {}", text(entry)));
     }
     if let Some(built) = value["built"].as_object() {
-        lines.push(format!("  built: {} from {} with {} changed files", text(&built["time"]), text(&built["head"]), built["changed_files"]));
+        let from = built["head"].as_str().map(|head| format!(" from {head} with {} changed files", built["changed_files"]));
+        lines.push(format!("  built: {}{}", text(&built["time"]), from.unwrap_or_default()));
     }
     lines.join("\n") + "\n"
 }

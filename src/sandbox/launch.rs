@@ -37,7 +37,7 @@ const CAPABILITIES: [&str; 14] = [
 /// Runs `spec` to its end. `stdio` holds standard input, output and error when they are passed.
 pub fn run(spec: &RunSpec, channel: &Channel, stdio: Vec<OwnedFd>) -> Result<Exit> {
     let mounted = Mounted::mount(spec)?;
-    let group = Group::make(&spec.limits, std::process::id());
+    let group = Group::make(&spec.limits, &name_of(spec));
     let user = User::resolve(&spec.user, &mounted.root)?;
     let command = if user.uid == 0 && user.gid == 0 && !spec.program { bubblewrap(spec, &mounted) } else { runc(spec, &mounted, &user)? };
     let mut child = spawn(spec, command, stdio, group)?;
@@ -99,7 +99,9 @@ impl Mounted {
         if names.is_empty() || (upper.is_none() && names.len() < 2) {
             names.push("empty".into());
         }
-        let mut options = format!("userxattr,lowerdir={}", names.join(":"));
+        // volatile: a step that is not finished is thrown away, and a finished one is packed into a
+        // blob that is synced; without it every unmount syncs the whole file system.
+        let mut options = format!("userxattr,volatile,lowerdir={}", names.join(":"));
         if let Some(upper) = upper {
             let path = scratch.join("upper-link");
             remove_if_there(&path)?;
@@ -240,6 +242,13 @@ fn bubblewrap(spec: &RunSpec, mounted: &Mounted) -> Cmd {
     cmd
 }
 
+/// Names what a command has outside of its namespaces: runc and the control groups of all runs of
+/// this machine share one room, and process ids are of a namespace.
+fn name_of(spec: &RunSpec) -> String {
+    use std::os::unix::ffi::OsStrExt as _;
+    crate::oci::digest::Digest::of(spec.work.as_os_str().as_bytes()).short()
+}
+
 /// An OCI runtime bundle (runtime specification 1.0) and the command that runs it. runc is asked
 /// for no control groups and no user namespace: it is in one already.
 fn runc(spec: &RunSpec, mounted: &Mounted, user: &User) -> Result<Cmd> {
@@ -301,7 +310,7 @@ fn runc(spec: &RunSpec, mounted: &Mounted, user: &User) -> Result<Cmd> {
         },
     });
     fs_err::write(bundle.join("config.json"), serde_json::to_vec(&config)?)?;
-    Ok(Cmd::new(program("runc")).env_clear().env("PATH", "/usr/sbin:/usr/bin:/sbin:/bin").arg("--root").arg(&state).args(["run", "--bundle"]).arg(&bundle).arg("pipeline"))
+    Ok(Cmd::new(program("runc")).env_clear().env("PATH", "/usr/sbin:/usr/bin:/sbin:/bin").arg("--root").arg(&state).args(["run", "--bundle"]).arg(&bundle).arg(format!("pipeline-{}", name_of(spec))))
 }
 
 fn spawn(spec: &RunSpec, command: Cmd, stdio: Vec<OwnedFd>, group: Group) -> Result<Running> {
@@ -441,7 +450,7 @@ fn control(spec: &RunSpec, channel: &Channel, running: &mut Running) -> Result<(
         }
         Request::Check { argv } => {
             let state = spec.work.join("runc");
-            let check = Cmd::new(program("runc")).env_clear().env("PATH", "/usr/sbin:/usr/bin:/sbin:/bin").arg("--root").arg(state).args(["exec", "pipeline"]).args(argv);
+            let check = Cmd::new(program("runc")).env_clear().env("PATH", "/usr/sbin:/usr/bin:/sbin:/bin").arg("--root").arg(state).arg("exec").arg(format!("pipeline-{}", name_of(spec))).args(argv);
             let good = check.output().is_ok_and(|output| output.status.success());
             channel.send(&Event::Checked(good), &[])?;
         }

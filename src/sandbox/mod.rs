@@ -263,7 +263,6 @@ fn identity_map(own: &str) -> String {
 
 fn no_range(user: &str, file: &str) -> Problem {
     Problem::failed(format!("`{user}` has no range of {} subordinate ids in `{file}`", IDS - 1))
-        .hint(format!("as root: usermod --add-subuids 100000-165535 --add-subgids 100000-165535 {user}"))
         .hint("`pipeline doctor` names a range that is free on this machine")
 }
 

@@ -684,12 +684,20 @@ impl Drop for Project {
     fn drop(&mut self) {
         let Some(temp) = self.temp.take() else { return };
         if !tests_are_root() && self.root.starts_with(temp.path()) && self.root.exists() {
-            // Trees belong to subordinate ids.
-            let _ = Cmd::new("unshare").args(["--user", "--map-auto", "--map-root-user", "rm", "-rf"]).arg(&self.root).run();
+            remove_tree(&self.root);
         }
         if std::thread::panicking() && std::env::var_os("PIPELINE_TEST_KEEP").is_some() {
             let _ = temp.keep();
         }
+    }
+}
+
+/// Removes a store of the tests' own user: its trees belong to subordinate ids.
+pub fn remove_tree(path: &Path) {
+    if tests_are_root() {
+        let _ = fs_err::remove_dir_all(path);
+    } else {
+        let _ = Cmd::new("unshare").args(["--user", "--map-auto", "--map-root-user", "rm", "-rf"]).arg(path).run();
     }
 }
 
@@ -739,6 +747,8 @@ fn test_store(user: User) -> PathBuf {
     root
 }
 
+/// The steps of [`Project::tiny`].
+pub const TINY_STEPS: [&str; 3] = ["base", "dependencies", "application"];
 const TINY: &str = "\
 name: tiny
 base:
@@ -763,7 +773,8 @@ port: 8080
 ";
 const TINY_DEPENDENCIES: &str = "#!/bin/sh\nset -eu\nmkdir -p /opt/dependencies\ncp /tmp/src/lock.txt /opt/dependencies/installed\nchmod -R u+rwX,go+rX,go-w /opt\n";
 const TINY_ASSEMBLE: &str = "#!/bin/sh\nset -eu\numask 022\nmkdir -p /opt/app\ncp -a /tmp/src/. /opt/app\ndate > /dev/null\necho assembled\n";
-const TINY_RUN: &str = "#!/bin/sh\nexec httpd -f -p 8080 -h /opt/app\n";
+// PID 1 gets only the signals it asked for.
+const TINY_RUN: &str = "#!/bin/sh\nhttpd -f -p ${PORT:-8080} -h /opt/app &\ntrap 'kill $!; exit 130' INT\ntrap 'kill $!; exit 143' TERM\nwait\n";
 
 /// A root file system of Debian's busybox-static: a tar, the same bytes in every test.
 pub fn tiny_base() -> &'static [u8] {
