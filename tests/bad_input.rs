@@ -1,4 +1,5 @@
 //! Bad input: each gives one clear error with a next step, the right exit code, and leaves nothing behind.
+#![allow(clippy::print_stdout, reason = "what was measured and met is worth reading")]
 
 mod common;
 
@@ -20,7 +21,11 @@ fn refused(project: &Project, code: i32, texts: &[&str]) -> Answer {
     let errors = answer.stderr.lines().filter(|line| line.starts_with("error: ")).count();
     assert_eq!((errors, answer.stdout.as_str()), (1, ""), "{}", answer.stderr);
     // A caret shows what to change.
-    assert!(answer.stderr.contains("\nhint: ") || answer.stderr.contains("| ^") || answer.stderr.contains(" ^"), "no next step:\n{}", answer.stderr);
+    assert!(
+        answer.stderr.contains("\nhint: ") || answer.stderr.contains("| ^") || answer.stderr.contains(" ^"),
+        "no next step:\n{}",
+        answer.stderr
+    );
     project.assert_clean();
     answer
 }
@@ -32,7 +37,8 @@ fn assemble(project: &Project, script: &str) {
 
 /// The only log of the step `application`.
 fn log(project: &Project) -> (String, String) {
-    let mut logs: Vec<_> = fs_err::read_dir(project.root.join("state/logs/tiny")).unwrap().map(|entry| entry.unwrap().path()).collect();
+    let mut logs: Vec<_> =
+        fs_err::read_dir(project.root.join("state/logs/tiny")).unwrap().map(|entry| entry.unwrap().path()).collect();
     logs.retain(|path| path.file_name().unwrap().to_str().unwrap().starts_with("application-"));
     assert_eq!(logs.len(), 1, "{logs:?}");
     (logs[0].display().to_string(), fs_err::read_to_string(&logs[0]).unwrap())
@@ -69,9 +75,22 @@ fn last_layer(project: &Project) -> Vec<String> {
 fn pipeline_files() {
     let cases: [(&str, &str, &[&str]); 8] = [
         ("reference: {", "name: tiny", &["error: pipeline.yaml:2:", "not valid YAML"]),
-        ("builder: pyhton", "builder: ./builder", &["error: pipeline.yaml:5:12: there is no builder `pyhton`", "    5 |   builder: pyhton", "^^^^^^", "hint: did you mean `python`?"]),
+        (
+            "builder: pyhton",
+            "builder: ./builder",
+            &[
+                "error: pipeline.yaml:5:12: there is no builder `pyhton`",
+                "    5 |   builder: pyhton",
+                "^^^^^^",
+                "hint: did you mean `python`?",
+            ],
+        ),
         ("builder: ./nowhere", "builder: ./builder", &["`./nowhere`"]),
-        ("debian: trixy", "tar: base.tar", &["error: pipeline.yaml:3:11: `trixy` is not a Debian suite", "hint: did you mean `trixie`?"]),
+        (
+            "debian: trixy",
+            "tar: base.tar",
+            &["error: pipeline.yaml:3:11: `trixy` is not a Debian suite", "hint: did you mean `trixie`?"],
+        ),
         ("tar: nowhere.tar", "tar: base.tar", &["`nowhere.tar`"]),
         ("paht: src", "path: src", &["unknown key `paht`", "hint: did you mean `path`?"]),
         ("path: ../nowhere", "path: src", &["`../nowhere`"]),
@@ -85,7 +104,12 @@ fn pipeline_files() {
             refused(&project, 2, texts);
         }
         project.write("pipeline.yaml", &good);
-        project.pipeline(&["build", "tyni"]).run().code(2).says("error: there is no pipeline `tyni`").says("hint: did you mean `tiny`?");
+        project
+            .pipeline(&["build", "tyni"])
+            .run()
+            .code(2)
+            .says("error: there is no pipeline `tyni`")
+            .says("hint: did you mean `tiny`?");
         fs_err::remove_file(project.path("pipeline.yaml")).unwrap();
         refused(&project, 2, &["error: there is no pipeline here", "hint: `pipeline init` writes one"]);
     }
@@ -96,9 +120,17 @@ fn lock_files() {
     let project = Project::tiny(me());
     project.write("pipeline.yaml", "name: tiny\nbase: {debian: trixie}\n");
     project.write("pipeline.lock", "{\"format\": 99}");
-    refused(&project, 2, &["pipeline.lock` has format 99; this program reads format 1", "hint: use the version of pipeline that wrote it"]);
+    refused(
+        &project,
+        2,
+        &["pipeline.lock` has format 99; this program reads format 1", "hint: use the version of pipeline that wrote it"],
+    );
     project.write("pipeline.lock", "{\"format\": 1, ");
-    refused(&project, 2, &["`pipeline.lock` cannot be read", "hint: take the committed `pipeline.lock` back (`git checkout pipeline.lock`)"]);
+    refused(
+        &project,
+        2,
+        &["`pipeline.lock` cannot be read", "hint: take the committed `pipeline.lock` back (`git checkout pipeline.lock`)"],
+    );
 }
 
 // ---------------------------------------------------------------------------------------- network
@@ -107,7 +139,11 @@ fn lock_files() {
 fn unknown_package() {
     let project = Project::empty(me());
     project.write("pipeline.yaml", "name: tiny\nbase: {debian: trixie, packages: [ca-certificats]}\n");
-    refused(&project, 2, &["error: unknown package `ca-certificats`", "hint: the nearest name to `ca-certificats` is `ca-certificates`"]);
+    refused(
+        &project,
+        2,
+        &["error: unknown package `ca-certificats`", "hint: the nearest name to `ca-certificats` is `ca-certificates`"],
+    );
 }
 
 #[test]
@@ -117,9 +153,26 @@ fn unreachable() {
         // Nobody listens there: the port was free a moment ago.
         let place = format!("127.0.0.1:{}", common::free_port());
         project.edit("pipeline.yaml", "path: src", &format!("git: http://{place}/x.git"));
-        refused(&project, 75, &[&format!("error: cannot fetch the source from `http://{place}/x.git`"), "caused by: cannot reach", "hint: check the address and the network"]);
-        project.write("pipeline.yaml", format!("name: tiny\nbase: {{debian: trixie, mirror: \"http://{place}/debian\", security_mirror: \"http://{place}/s\"}}\n"));
-        refused(&project, 75, &["error: an archive cannot be reached", &format!("http://{place}/debian"), "hint: the mirror is `base.mirror`"]);
+        refused(
+            &project,
+            75,
+            &[
+                &format!("error: cannot fetch the source from `http://{place}/x.git`"),
+                "caused by: cannot reach",
+                "hint: check the address and the network",
+            ],
+        );
+        project.write(
+            "pipeline.yaml",
+            format!(
+                "name: tiny\nbase: {{debian: trixie, mirror: \"http://{place}/debian\", security_mirror: \"http://{place}/s\"}}\n"
+            ),
+        );
+        refused(
+            &project,
+            75,
+            &["error: an archive cannot be reached", &format!("http://{place}/debian"), "hint: the mirror is `base.mirror`"],
+        );
         project.write("pipeline.yaml", format!("name: tiny\nbase: {{image: \"{place}/x/y:1\"}}\n"));
         refused(&project, 75, &[&place]);
     }
@@ -136,7 +189,11 @@ fn git_references() {
         project.edit("pipeline.yaml", "path: src", &format!("git: {url}\n  ref: mian"));
         refused(&project, 1, &[&format!("`{url}` has no branch, tag or commit `mian`"), "hint: did you mean `main`?"]);
         project.edit("pipeline.yaml", "ref: mian", "ref: main\n  dir: sub");
-        refused(&project, 1, &["there is no folder `sub` in commit", "hint: `source.dir` is relative to the top of the repository"]);
+        refused(
+            &project,
+            1,
+            &["there is no folder `sub` in commit", "hint: `source.dir` is relative to the top of the repository"],
+        );
         project.edit("pipeline.yaml", &url, &format!("{url}-not"));
         refused(&project, 1, &[&format!("there is no repository `{url}-not`"), "hint: check `source.git`"]);
     }
@@ -148,7 +205,14 @@ fn git_references() {
 fn sources_that_hold_more_than_files() {
     for user in users() {
         let project = Project::tiny(user);
-        rustix::fs::mknodat(rustix::fs::CWD, project.path("src/pipe"), rustix::fs::FileType::Fifo, rustix::fs::Mode::from_raw_mode(0o644), 0).unwrap();
+        rustix::fs::mknodat(
+            rustix::fs::CWD,
+            project.path("src/pipe"),
+            rustix::fs::FileType::Fifo,
+            rustix::fs::Mode::from_raw_mode(0o644),
+            0,
+        )
+        .unwrap();
         refused(&project, 1, &["error: source holds a FIFO `pipe`", "hint: remove it or list `pipe` in .s2iignore"]);
         fs_err::remove_file(project.path("src/pipe")).unwrap();
         let socket = std::os::unix::net::UnixListener::bind(project.path("src/sock")).unwrap();
@@ -191,7 +255,8 @@ fn watch_memory(pid: i32, peak: &mut u64) {
     for entry in fs_err::read_dir("/proc").unwrap().flatten() {
         let Ok(status) = fs_err::read_to_string(entry.path().join("status")) else { continue };
         let field = |name: &str| status.lines().find_map(|line| line.strip_prefix(name)?.strip_prefix(':')).map(str::trim);
-        let is_ours = field("Pid").and_then(|text| text.parse().ok()) == Some(pid) || (field("Name").is_some_and(|name| name.starts_with("pipeline")) && is_below(&entry.path(), pid));
+        let is_ours = field("Pid").and_then(|text| text.parse().ok()) == Some(pid)
+            || (field("Name").is_some_and(|name| name.starts_with("pipeline")) && is_below(&entry.path(), pid));
         if let Some(size) = field("VmHWM").filter(|_| is_ours).and_then(|text| text.split(' ').next()?.parse::<u64>().ok()) {
             *peak = (*peak).max(size * 1024);
         }
@@ -202,7 +267,11 @@ fn is_below(process: &Path, ancestor: i32) -> bool {
     let mut dir = process.to_path_buf();
     for _ in 0..10 {
         let Ok(status) = fs_err::read_to_string(dir.join("status")) else { return false };
-        let Some(parent) = status.lines().find_map(|line| line.strip_prefix("PPid:")).and_then(|text| text.trim().parse::<i32>().ok()) else { return false };
+        let Some(parent) =
+            status.lines().find_map(|line| line.strip_prefix("PPid:")).and_then(|text| text.trim().parse::<i32>().ok())
+        else {
+            return false;
+        };
         if parent == ancestor {
             return true;
         }
@@ -227,7 +296,10 @@ fn a_sparse_file_of_5_gb() {
     println!("5 GB sparse file: at most {} MB in one process", peak / 1_000_000);
     assert!(peak > 1_000_000 && peak < 200_000_000, "{peak} bytes");
     project.assert_clean();
-    let size: u64 = fs_err::read_dir(project.root.join("store/blobs/sha256")).unwrap().map(|entry| entry.unwrap().metadata().unwrap().len()).sum();
+    let size: u64 = fs_err::read_dir(project.root.join("store/blobs/sha256"))
+        .unwrap()
+        .map(|entry| entry.unwrap().metadata().unwrap().len())
+        .sum();
     assert!(size < 20_000_000, "the layers take {size} bytes");
     let stored = project.program("du").args(&["-s", "--block-size=1"]).arg(&project.root).ok().stdout;
     let stored: u64 = stored.split_whitespace().next().unwrap().parse().unwrap();
@@ -239,15 +311,22 @@ fn unreadable_files() {
     let project = Project::tiny(User::Ordinary);
     project.write("src/private", "x");
     project.mode("src/private", 0);
-    refused(&project, 1, &["cannot read `private` of the source", "Permission denied", "hint: make it readable, or list `private` in .s2iignore"]);
+    refused(
+        &project,
+        1,
+        &["cannot read `private` of the source", "Permission denied", "hint: make it readable, or list `private` in .s2iignore"],
+    );
     project.write("src/.s2iignore", "private\n");
     project.build(&[]);
 }
 
 // --------------------------------------------------------------------------------------- tar base
 
-/// A tar with names as given, however bad: name, kind, content or target, uid.
-fn archive(entries: &[(&str, EntryType, &str, u64)]) -> Vec<u8> {
+/// Name, kind, content or target, uid.
+type TarEntry<'a> = (&'a str, EntryType, &'a str, u64);
+
+/// A tar with names as given, however bad.
+fn archive(entries: &[TarEntry<'_>]) -> Vec<u8> {
     let mut bytes = Vec::new();
     for (name, kind, data, uid) in entries {
         let link = matches!(kind, EntryType::Symlink | EntryType::Link);
@@ -286,10 +365,11 @@ fn tar_bases() {
         let outside = project.beside("o");
         fs_err::write(outside.join("victim"), "innocent").unwrap();
         let place = outside.to_str().unwrap();
-        let (absolute, dotted, out_link) = (format!("{place}/new"), format!("a/../../../../../../..{place}/new"), format!("../../../../../../..{place}"));
+        let (absolute, dotted, out_link) =
+            (format!("{place}/new"), format!("a/../../../../../../..{place}/new"), format!("../../../../../../..{place}"));
         let victim = format!("{place}/victim");
         project.write("pipeline.yaml", "name: tiny\nbase: {tar: base.tar}\n");
-        let good: [(Vec<(&str, EntryType, &str, u64)>, Vec<String>, &str); 3] = [
+        let good: [(Vec<TarEntry<'_>>, Vec<String>, &str); 3] = [
             (vec![(&absolute, Regular, "x", 0), ("/x", Regular, "x", 0)], vec!["x".into()], ""),
             (
                 vec![("d/", Directory, "", 0), ("d/null", Char, "", 0), ("sda", Block, "", 0), ("ok", Regular, "x", 7)],
@@ -307,12 +387,16 @@ fn tar_bases() {
             assert_eq!(found, paths);
             project.assert_clean();
         }
-        let bad: [(Vec<(&str, EntryType, &str, u64)>, &str, &str); 7] = [
+        let bad: [(Vec<TarEntry<'_>>, &str, &str); 7] = [
             (vec![(&dotted, Regular, "x", 0)], "leads out of its tree", "hint: make the archive of a whole root file system"),
             (vec![("../x", Regular, "x", 0)], "the archive names `../x`, which leads out of its tree", "hint: make"),
             (vec![("h", Link, &victim, 0)], "which is not in the archive", "hint: make"),
             (vec![("h", Link, &dotted, 0)], "leads out of its tree", "hint: make"),
-            (vec![("l", Symlink, place, 0), ("l/new", Regular, "x", 0)], "`l` is a symbolic link to nothing in the archive", "hint: make"),
+            (
+                vec![("l", Symlink, place, 0), ("l/new", Regular, "x", 0)],
+                "`l` is a symbolic link to nothing in the archive",
+                "hint: make",
+            ),
             (vec![("l", Symlink, &out_link, 0), ("h", Link, "l/victim", 0)], "which is not in the archive", "hint: make"),
             (vec![("big", Regular, "x", 65_536)], "caused by: owner 65536 is over 65535", "hint: give it to a lower id"),
         ];
@@ -348,7 +432,15 @@ fn a_failing_script() {
     for user in users() {
         let project = Project::tiny(user);
         assemble(&project, "i=0; while [ $i -lt 100 ]; do i=$((i+1)); echo line $i; done; echo last words >&2; exit 42");
-        let answer = refused(&project, 1, &["error: step `application` of `tiny` failed: `assemble` exited with status 42; its last lines:\n  | line 72\n", "  | line 100\n  | last words\n", "hint: `pipeline build tiny --shell`"]);
+        let answer = refused(
+            &project,
+            1,
+            &[
+                "error: step `application` of `tiny` failed: `assemble` exited with status 42; its last lines:\n  | line 72\n",
+                "  | line 100\n  | last words\n",
+                "hint: `pipeline build tiny --shell`",
+            ],
+        );
         answer.says_not("| line 71\n");
         let (path, text) = log(&project);
         answer.says(&format!("hint: the whole log is {path}"));
@@ -370,9 +462,22 @@ fn a_hanging_script() {
         project.edit("pipeline.yaml", "image:", "build: { timeout: 1s }\nimage:");
         // Seconds to sleep that nobody else has.
         let marker = format!("98{}{}", std::process::id(), i32::from(user == User::Root));
-        assemble(&project, &format!("(setsid sh -c 'trap \"\" TERM HUP INT; sleep {marker} & sleep {marker}' &)\ntrap '' TERM\necho started\nsleep {marker}"));
+        assemble(
+            &project,
+            &format!(
+                "(setsid sh -c 'trap \"\" TERM HUP INT; sleep {marker} & sleep {marker}' &)\ntrap '' TERM\necho started\nsleep {marker}"
+            ),
+        );
         let started = Instant::now();
-        refused(&project, 1, &["failed: `assemble` did not end within 1 s; its last lines:\n  | started", "hint: `build.timeout` sets how long a step may take", "hint: the whole log is"]);
+        refused(
+            &project,
+            1,
+            &[
+                "failed: `assemble` did not end within 1 s; its last lines:\n  | started",
+                "hint: `build.timeout` sets how long a step may take",
+                "hint: the whole log is",
+            ],
+        );
         assert!(started.elapsed() < Duration::from_secs(20), "{:?}", started.elapsed());
         no_process(&format!("sleep {marker}"));
         // What a script that succeeds leaves running is ended with its step.
@@ -390,15 +495,29 @@ fn what_must_not_be_in_a_layer() {
         let key = "-----BEGIN OPENSSH PRIVATE KEY-----\nb3BlbnNzaC1rZXktdjEAAAAABG5vbmUAAAAEbm9uZQAAAAAAAAABAAAAMwAAAAtzc2gtZW\n-----END OPENSSH PRIVATE KEY-----\n";
         project.write("src/key", key);
         assemble(&project, "mkdir -p /etc/ssh; cp /tmp/src/key /etc/ssh/ssh_host_ed25519_key");
-        refused(&project, 1, &["error: cannot pack the layer of step `application`", "`/etc/ssh/ssh_host_ed25519_key` must not be in a layer: an OpenSSH private key", "hint: every machine made from the image would share it"]);
+        refused(
+            &project,
+            1,
+            &[
+                "error: cannot pack the layer of step `application`",
+                "`/etc/ssh/ssh_host_ed25519_key` must not be in a layer: an OpenSSH private key",
+                "hint: every machine made from the image would share it",
+            ],
+        );
         // Made by tools everywhere, and emptied by the written list of what moves.
-        assemble(&project, "echo 0123456789abcdef0123456789abcdef > /etc/machine-id; mkdir -p /var/lib/systemd; head -c 512 /dev/urandom > /var/lib/systemd/random-seed");
+        assemble(
+            &project,
+            "echo 0123456789abcdef0123456789abcdef > /etc/machine-id; mkdir -p /var/lib/systemd; head -c 512 /dev/urandom > /var/lib/systemd/random-seed",
+        );
         let answer = project.pipeline(&["build"]).run();
         if answer.status.success() {
             let layers = project.json(&["artifact", "show", "tiny"]);
             for layer in layers["layers"].as_array().unwrap() {
                 for (path, content) in project.layer(layer["digest"].as_str().unwrap()) {
-                    assert!(!(path == "etc/machine-id" || path.ends_with("random-seed")) || content.is_empty(), "{path} is in the layer");
+                    assert!(
+                        !(path == "etc/machine-id" || path.ends_with("random-seed")) || content.is_empty(),
+                        "{path} is in the layer"
+                    );
                 }
             }
         } else {
@@ -412,8 +531,14 @@ fn what_must_not_be_in_a_layer() {
 fn devices_sockets_and_owners() {
     for user in users() {
         let project = Project::tiny(user);
-        assemble(&project, "ln -s /opt/app/sock /dev/log; syslogd; i=0; while [ ! -S /opt/app/sock ] && [ $i -lt 50 ]; do sleep 0.1; i=$((i+1)); done; mkfifo /opt/app/fifo");
-        project.pipeline(&["build"]).ok().says("warning: step `application`: device nodes and sockets do not go into a layer and were left out: opt/app/sock");
+        assemble(
+            &project,
+            "ln -s /opt/app/sock /dev/log; syslogd; i=0; while [ ! -S /opt/app/sock ] && [ $i -lt 50 ]; do sleep 0.1; i=$((i+1)); done; mkfifo /opt/app/fifo",
+        );
+        project
+            .pipeline(&["build"])
+            .ok()
+            .says("warning: step `application`: device nodes and sockets do not go into a layer and were left out: opt/app/sock");
         let paths = last_layer(&project);
         assert!(paths.contains(&"opt/app/fifo".into()) && !paths.contains(&"opt/app/sock".into()), "{paths:?}");
         // The kernel makes no device nodes in a user namespace, whoever asks.
@@ -432,7 +557,11 @@ fn limits() {
     let cases = [
         ("memory: 32M", "dd if=/dev/zero of=/dev/null bs=128M count=1", vec!["step `application` of `tiny` failed"]),
         ("processes: 10", "for i in 1 2 3 4 5 6 7 8 9 10 11 12 13 14 15; do sleep 2 & done; wait", vec!["fork"]),
-        ("file_size: 1M", "dd if=/dev/zero of=/opt/app/big bs=64k count=32", vec!["status 153", "hint: it may have hit `build.limits.file_size`"]),
+        (
+            "file_size: 1M",
+            "dd if=/dev/zero of=/opt/app/big bs=64k count=32",
+            vec!["status 153", "hint: it may have hit `build.limits.file_size`"],
+        ),
     ];
     for user in users() {
         let project = Project::tiny(user);
@@ -457,7 +586,12 @@ const SECRET: &str = "s3cr3t-v4lue-of-T0KEN";
 /// Every file of the store that holds the secret.
 fn places_of_secret(project: &Project) -> Vec<String> {
     let mut found = Vec::new();
-    for entry in ignore::WalkBuilder::new(&project.root).standard_filters(false).build().flatten().filter(|entry| entry.file_type().is_some_and(|kind| kind.is_file())) {
+    for entry in ignore::WalkBuilder::new(&project.root)
+        .standard_filters(false)
+        .build()
+        .flatten()
+        .filter(|entry| entry.file_type().is_some_and(|kind| kind.is_file()))
+    {
         let bytes = fs_err::read(entry.path()).unwrap_or_default();
         if bytes.windows(SECRET.len()).any(|window| window == SECRET.as_bytes()) {
             found.push(entry.path().display().to_string());
@@ -477,7 +611,10 @@ fn secrets_that_are_printed_are_masked() {
     for user in users() {
         let project = with_secret(user);
         // All that a step can see of others' command lines, and the value in every guise.
-        assemble(&project, "cat /run/secrets/token; echo; echo \"$(cat /run/secrets/token) and more\" >&2\nbase64 /run/secrets/token\nod -An -v -tx1 /run/secrets/token | tr -d ' \\n'; echo\necho \"TOKEN=$TOKEN.\" file $TOKEN_FILE\nfor f in /proc/[0-9]*/cmdline /proc/[0-9]*/environ; do tr '\\0' ' ' < $f; echo; done\nsleep 0.5");
+        assemble(
+            &project,
+            "cat /run/secrets/token; echo; echo \"$(cat /run/secrets/token) and more\" >&2\nbase64 /run/secrets/token\nod -An -v -tx1 /run/secrets/token | tr -d ' \\n'; echo\necho \"TOKEN=$TOKEN.\" file $TOKEN_FILE\nfor f in /proc/[0-9]*/cmdline /proc/[0-9]*/environ; do tr '\\0' ' ' < $f; echo; done\nsleep 0.5",
+        );
         let mut running = project.pipeline(&["build", "--verbose"]).env("TOKEN", SECRET).start();
         let mut seen = Vec::new();
         while !running.is_over() {
@@ -489,7 +626,11 @@ fn secrets_that_are_printed_are_masked() {
             }
         }
         let answer = running.wait(Duration::from_secs(1));
-        answer.code(0).says("application: ***\n").says("application: *** and more\n").says("application: TOKEN=. file /run/secrets/token\n");
+        answer
+            .code(0)
+            .says("application: ***\n")
+            .says("application: *** and more\n")
+            .says("application: TOKEN=. file /run/secrets/token\n");
         assert_eq!(seen, Vec::<String>::new());
         let encoded = base64::Engine::encode(&base64::engine::general_purpose::STANDARD_NO_PAD, SECRET);
         let (_, log) = log(&project);
@@ -501,14 +642,21 @@ fn secrets_that_are_printed_are_masked() {
         project.assert_clean();
         // Nothing changed, nothing run; another value is another input.
         assert_eq!(common::built(&project.pipeline(&["build", "--json"]).env("TOKEN", SECRET).ok()).ran, [""; 0]);
-        project.pipeline(&["build"]).env("TOKEN", "another value").ok().says("application: running, because secret `token` changed");
+        project
+            .pipeline(&["build"])
+            .env("TOKEN", "another value")
+            .ok()
+            .says("application: running, because secret `token` changed");
     }
 }
 
 #[test]
 fn secrets_that_are_stored_fail_the_layer() {
     let cases = [
-        ("cat /run/secrets/token > /opt/app/x", "error: cannot pack the layer of step `application`\n  caused by: the value of secret `token` is in `/opt/app/x` of the layer"),
+        (
+            "cat /run/secrets/token > /opt/app/x",
+            "error: cannot pack the layer of step `application`\n  caused by: the value of secret `token` is in `/opt/app/x` of the layer",
+        ),
         ("base64 /run/secrets/token > /opt/app/x", "is in `/opt/app/x` of the layer"),
         ("(printf a; cat /run/secrets/token) | base64 > /opt/app/x", "is in `/opt/app/x` of the layer"),
         ("(printf ab; cat /run/secrets/token) | base64 > /opt/app/x", "is in `/opt/app/x` of the layer"),
@@ -516,7 +664,10 @@ fn secrets_that_are_stored_fail_the_layer() {
         ("cp -r /run/secrets /opt/app/s", "is in `/opt/app/s/token` of the layer"),
         ("touch /opt/app/$(cat /run/secrets/token)", "is in the name, the link target or an xattr of `/opt/app/***`"),
         ("mkdir /opt/app/x$(cat /run/secrets/token)", "is in the name, the link target or an xattr of `/opt/app/x***/`"),
-        ("ln -s https://$(cat /run/secrets/token)@host /opt/app/l", "is in the name, the link target or an xattr of `/opt/app/l`"),
+        (
+            "ln -s https://$(cat /run/secrets/token)@host /opt/app/l",
+            "is in the name, the link target or an xattr of `/opt/app/l`",
+        ),
     ];
     for user in users() {
         let project = with_secret(user);
@@ -531,7 +682,11 @@ fn secrets_that_are_stored_fail_the_layer() {
         assemble(&project, "true");
         project.edit("pipeline.yaml", "image:", &format!("image:\n  labels: {{ a: \"x {SECRET}\" }}"));
         let answer = project.pipeline(&["build"]).env("TOKEN", SECRET).run();
-        answer.code(1).says("error: the value of secret `token` is in the image's configuration").says("hint: take it out of").says_not(SECRET);
+        answer
+            .code(1)
+            .says("error: the value of secret `token` is in the image's configuration")
+            .says("hint: take it out of")
+            .says_not(SECRET);
         assert_eq!(places_of_secret(&project), Vec::<String>::new());
     }
 }
@@ -547,7 +702,10 @@ fn secrets_that_are_missing() {
         refused(&project, 2, &["error: secret `token` cannot be read", "token.txt"]);
         project.write("token.txt", format!("{SECRET}\n"));
         assemble(&project, &format!("test \"$(cat /run/secrets/token)\" = {}\"{}\"", &SECRET[..4], &SECRET[4..]));
-        assemble(&project, "test -s /run/secrets/token; test ! -w /run/secrets/token || ! touch /run/secrets/token; wc -c < /run/secrets/token");
+        assemble(
+            &project,
+            "test -s /run/secrets/token; test ! -w /run/secrets/token || ! touch /run/secrets/token; wc -c < /run/secrets/token",
+        );
         project.build(&[]);
         assert_eq!(places_of_secret(&project), Vec::<String>::new());
         let key = project.root.join("state/hmac.key");

@@ -109,7 +109,9 @@ fn unshare(flags: UnshareFlags) -> rustix::io::Result<()> {
 }
 
 fn refused(error: rustix::io::Errno) -> anyhow::Error {
-    Problem::failed(format!("unshare: a new user namespace is refused: {error}")).hint("`pipeline doctor` looks for the cause").into()
+    // The kernel's words would be those of a full disk.
+    let words = if error == rustix::io::Errno::NOSPC { "no more of them are allowed (ENOSPC)".into() } else { error.to_string() };
+    Problem::failed(format!("unshare: a new user namespace is refused: {words}")).hint("`pipeline doctor` looks for the cause").into()
 }
 
 fn become_root() -> Result<()> {
