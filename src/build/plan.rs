@@ -9,7 +9,7 @@ use std::collections::{BTreeMap, BTreeSet};
 use serde::{Deserialize, Serialize};
 
 use super::builder::Builder;
-use crate::config::types::{Configure, Limits, Network, Pipeline};
+use crate::config::types::{Compression, Configure, Limits, Network, Pipeline};
 use crate::oci::digest::{Digest, Hasher};
 
 /// The only platform for now.
@@ -124,14 +124,16 @@ pub struct Inputs<'a> {
 
 /// The steps, bottom first.
 pub fn plan(inputs: &Inputs<'_>) -> Vec<Step> {
-    let mut chain = Chain { steps: Vec::new() };
+    let mut chain = Chain { steps: Vec::new(), compression: inputs.pipeline.image.compression };
     match &inputs.base {
         BaseInput::Debian(set) => chain.push("base", Action::Debian, true, set.epoch, packages(set)),
         BaseInput::Image { reference, digest } => {
             let name = format!("image {reference}");
             chain.push("base", Action::Image, true, FIXED_EPOCH, vec![plain("content", digest.to_string()), note(&name)]);
         }
-        BaseInput::Tar { digest } => chain.push("base", Action::Tar, true, FIXED_EPOCH, vec![plain("tar file", digest.to_string())]),
+        BaseInput::Tar { digest } => {
+            chain.push("base", Action::Tar, true, FIXED_EPOCH, vec![plain("tar file", digest.to_string())])
+        }
         BaseInput::Scratch => {}
     }
     if let Some(set) = &inputs.packages {
@@ -180,12 +182,17 @@ pub fn plan(inputs: &Inputs<'_>) -> Vec<Step> {
 
 struct Chain {
     steps: Vec<Step>,
+    compression: Compression,
 }
 
 impl Chain {
     fn push(&mut self, name: &str, action: Action, ships: bool, epoch: i64, mut ingredients: Vec<Ingredient>) {
         if let Some(below) = self.steps.last() {
             ingredients.insert(0, plain(format!("step {}", below.name), below.key.to_string()));
+        }
+        // The layers of an image are taken as they are; all others are blobs of ours.
+        if action != Action::Image {
+            ingredients.push(plain("compression", if self.compression == Compression::Gzip { "gzip" } else { "zstd" }));
         }
         ingredients.push(plain("date", epoch.to_string()));
         let key = key(&action, &ingredients);
@@ -219,7 +226,8 @@ fn listing(name: &str, digest: Digest) -> Ingredient {
 fn packages(set: &SetInput) -> Vec<Ingredient> {
     let mut ingredients = vec![plain("suite", &set.suite)];
     let rows: BTreeSet<_> = set.packages.iter().collect();
-    ingredients.extend(rows.into_iter().map(|(name, version, sha256)| plain(format!("package {name}"), format!("{version} {sha256}"))));
+    ingredients
+        .extend(rows.into_iter().map(|(name, version, sha256)| plain(format!("package {name}"), format!("{version} {sha256}"))));
     ingredients
 }
 
@@ -229,12 +237,18 @@ fn variables(kind: &str, variables: &BTreeMap<String, String>) -> Vec<Ingredient
 }
 
 fn script(builder: &Builder, name: &str) -> Vec<Ingredient> {
-    builder.scripts.get(name).map(|bytes| plain(format!("builder script {name}"), Digest::of(bytes).to_string())).into_iter().collect()
+    builder
+        .scripts
+        .get(name)
+        .map(|bytes| plain(format!("builder script {name}"), Digest::of(bytes).to_string()))
+        .into_iter()
+        .collect()
 }
 
 /// What every step of the builder's has in its key.
 fn common(inputs: &Inputs<'_>, builder: &Builder) -> Vec<Ingredient> {
-    let mut ingredients = vec![plain("builder scripts folder", &builder.meta.scripts), plain("builder destination", &builder.meta.destination)];
+    let mut ingredients =
+        vec![plain("builder scripts folder", &builder.meta.scripts), plain("builder destination", &builder.meta.destination)];
     ingredients.extend(variables("builder variable", &builder.meta.env));
     ingredients.extend(settings(inputs));
     ingredients

@@ -3,7 +3,7 @@
 use anyhow::Result;
 use serde_json::json;
 
-use super::{Global, ui};
+use super::{Global, report, ui};
 use crate::sandbox::probe::{self, Check, ProbeEnv, State};
 
 #[derive(Debug, clap::Args)]
@@ -21,7 +21,9 @@ pub fn run(global: &Global, _args: Args) -> Result<u8> {
     checks.extend(own_session(&host));
     let fix = probe::fix_command(&checks);
     let works = !checks.iter().any(Check::blocks);
-    ui::answer(global, &json!({"schema": 1, "works": works, "checks": checks, "fix": fix}), || text(&checks, works, fix.as_deref()))?;
+    ui::answer(global, &json!({"schema": 1, "works": works, "checks": checks, "fix": fix}), || {
+        text(&checks, works, fix.as_deref())
+    })?;
     Ok(u8::from(!works))
 }
 
@@ -48,7 +50,7 @@ fn text(checks: &[Check], works: bool, fix: Option<&str>) -> String {
             vec![state.to_string(), check.name.to_string(), check.detail.clone()]
         })
         .collect();
-    let mut text = ui::table(&rows);
+    let mut text = report::table(&rows);
     for check in checks.iter().filter(|check| check.state != State::Ok) {
         if let Some(fix) = &check.fix {
             text.push_str(&format!("{}: {fix}\n", check.name));

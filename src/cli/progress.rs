@@ -8,7 +8,7 @@ use std::time::Duration;
 use indicatif::{MultiProgress, ProgressBar, ProgressStyle};
 
 use super::Global;
-use super::ui::bytes;
+use super::report::bytes;
 use crate::progress::{Event, Outcome, Progress};
 
 /// Lines of the running step that are shown below it.

@@ -1,6 +1,5 @@
 //! Texts of answers that more than one verb shows.
 
-use super::ui::{bytes, table};
 use crate::build::Built;
 use crate::build::plan::Step;
 use crate::build::record::StepRecord;
@@ -26,4 +25,40 @@ pub fn plan(steps: &[Step], found: &[Option<StepRecord>], because: &[String]) ->
 /// `notes:latest sha256:…`.
 pub fn built(built: &Built) -> String {
     format!("{} {}\n", built.name, built.digest)
+}
+
+/// Bytes for people: `12.3 MB`.
+pub fn bytes(bytes: u64) -> String {
+    const UNITS: [&str; 5] = ["B", "kB", "MB", "GB", "TB"];
+    let mut value = bytes as f64;
+    let mut unit = 0;
+    while value >= 1000.0 && unit < UNITS.len() - 1 {
+        value /= 1000.0;
+        unit += 1;
+    }
+    if unit == 0 { format!("{bytes} B") } else { format!("{value:.1} {}", UNITS[unit]) }
+}
+
+/// Rows with columns of equal width, two spaces apart.
+pub fn table(rows: &[Vec<String>]) -> String {
+    let columns = rows.iter().map(Vec::len).max().unwrap_or(0);
+    let width = |column: usize| rows.iter().filter_map(|row| row.get(column)).map(|cell| cell.chars().count()).max().unwrap_or(0);
+    let widths: Vec<usize> = (0..columns).map(width).collect();
+    let line = |row: &Vec<String>| {
+        let cells =
+            row.iter().enumerate().map(|(column, cell)| format!("{cell}{}", " ".repeat(widths[column] - cell.chars().count())));
+        cells.collect::<Vec<_>>().join("  ").trim_end().to_string() + "\n"
+    };
+    rows.iter().map(line).collect()
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn sizes_and_tables() {
+        assert_eq!([bytes(5), bytes(1500), bytes(2_000_000_000)], ["5 B", "1.5 kB", "2.0 GB"]);
+        assert_eq!(table(&[vec!["a".into(), "b".into()], vec!["ccc".into(), "d".into()]]), "a    b\nccc  d\n");
+    }
 }

@@ -26,7 +26,10 @@ pub fn fail(error: &anyhow::Error, json: bool) -> u8 {
     }
     let hints = error::hints(error);
     if json {
-        eprintln!("{}", serde_json::json!({"event": "error", "message": causes.first(), "causes": causes.get(1..), "hints": hints, "exit": code}));
+        eprintln!(
+            "{}",
+            serde_json::json!({"event": "error", "message": causes.first(), "causes": causes.get(1..), "hints": hints, "exit": code})
+        );
         return code;
     }
     let mut lines = causes.iter();
@@ -109,13 +112,21 @@ pub fn places(global: &Global, host: &Host) -> Result<(PathBuf, PathBuf)> {
 
 /// This machine, as the flows see it.
 pub fn host(global: &Global) -> Result<Host> {
-    let variables: BTreeMap<String, String> = std::env::vars_os().filter_map(|(key, value)| Some((key.into_string().ok()?, value.into_string().ok()?))).collect();
-    let trusted = TRUSTED_VARIABLES.iter().filter_map(|name| Some(((*name).to_string(), variables.get(*name)?.clone()))).collect();
-    let configured = ["SSL_CERT_FILE", "CURL_CA_BUNDLE", "REQUESTS_CA_BUNDLE"].iter().filter_map(|name| variables.get(*name).map(PathBuf::from));
+    let variables: BTreeMap<String, String> =
+        std::env::vars_os().filter_map(|(key, value)| Some((key.into_string().ok()?, value.into_string().ok()?))).collect();
+    let trusted =
+        TRUSTED_VARIABLES.iter().filter_map(|name| Some(((*name).to_string(), variables.get(*name)?.clone()))).collect();
+    let configured = ["SSL_CERT_FILE", "CURL_CA_BUNDLE", "REQUESTS_CA_BUNDLE"]
+        .iter()
+        .filter_map(|name| variables.get(*name).map(PathBuf::from));
     let ca_bundle = configured.chain(CA_BUNDLES.iter().map(PathBuf::from)).find(|path| path.is_file());
-    let now = std::time::SystemTime::now().duration_since(std::time::UNIX_EPOCH).map_or(0, |time| i64::try_from(time.as_secs()).unwrap_or(0));
+    let now = std::time::SystemTime::now()
+        .duration_since(std::time::UNIX_EPOCH)
+        .map_or(0, |time| i64::try_from(time.as_secs()).unwrap_or(0));
     let source_date_epoch = match variables.get("SOURCE_DATE_EPOCH") {
-        Some(text) => Some(text.parse().map_err(|_| Problem::usage(format!("SOURCE_DATE_EPOCH is `{text}`, not a number of seconds")))?),
+        Some(text) => {
+            Some(text.parse().map_err(|_| Problem::usage(format!("SOURCE_DATE_EPOCH is `{text}`, not a number of seconds")))?)
+        }
         None => None,
     };
     Ok(Host {
@@ -130,39 +141,4 @@ pub fn host(global: &Global) -> Result<Host> {
         fault_inside: global.fault_inside,
         variables,
     })
-}
-
-/// Bytes for people: `12.3 MB`.
-pub fn bytes(bytes: u64) -> String {
-    const UNITS: [&str; 5] = ["B", "kB", "MB", "GB", "TB"];
-    let mut value = bytes as f64;
-    let mut unit = 0;
-    while value >= 1000.0 && unit < UNITS.len() - 1 {
-        value /= 1000.0;
-        unit += 1;
-    }
-    if unit == 0 { format!("{bytes} B") } else { format!("{value:.1} {}", UNITS[unit]) }
-}
-
-/// Rows with columns of equal width, two spaces apart.
-pub fn table(rows: &[Vec<String>]) -> String {
-    let columns = rows.iter().map(Vec::len).max().unwrap_or(0);
-    let width = |column: usize| rows.iter().filter_map(|row| row.get(column)).map(|cell| cell.chars().count()).max().unwrap_or(0);
-    let widths: Vec<usize> = (0..columns).map(width).collect();
-    let line = |row: &Vec<String>| {
-        let cells = row.iter().enumerate().map(|(column, cell)| format!("{cell}{}", " ".repeat(widths[column] - cell.chars().count())));
-        cells.collect::<Vec<_>>().join("  ").trim_end().to_string() + "\n"
-    };
-    rows.iter().map(line).collect()
-}
-
-#[cfg(test)]
-mod tests {
-    use super::*;
-
-    #[test]
-    fn sizes_and_tables() {
-        assert_eq!([bytes(5), bytes(1500), bytes(2_000_000_000)], ["5 B", "1.5 kB", "2.0 GB"]);
-        assert_eq!(table(&[vec!["a".into(), "b".into()], vec!["ccc".into(), "d".into()]]), "a    b\nccc  d\n");
-    }
 }

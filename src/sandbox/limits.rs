@@ -2,8 +2,10 @@
 //!
 //! Runs in the unshare process, whose root is the caller outside: it may make groups exactly
 //! where the caller may (root; a user with a delegated subtree). Undone by [`Group::drop`];
-//! empty groups a killed run left behind are removed by the next one.
+//! empty groups a killed run left behind are removed by the next one, which knows them by their
+//! lock: a group is locked from the moment it is made, also while nobody is in it yet.
 
+use std::os::fd::OwnedFd;
 use std::path::{Path, PathBuf};
 
 use super::protocol::Limits;
@@ -15,13 +17,15 @@ const PREFIX: &str = "pipeline-step-";
 #[derive(Debug, Default)]
 pub struct Group {
     dirs: Vec<PathBuf>,
+    /// One for each folder.
+    locks: Vec<OwnedFd>,
     memory: bool,
     processes: bool,
 }
 
 impl Group {
     /// Makes the groups `limits` ask for, where it may; what it may not is left to resource limits.
-    pub fn make(limits: &Limits, id: u32) -> Self {
+    pub fn make(limits: &Limits, id: &str) -> Self {
         let mut group = Self::default();
         if limits.memory.is_none() && limits.processes.is_none() {
             return group;
@@ -33,7 +37,10 @@ impl Group {
             let (root, files): (PathBuf, [(&str, Option<u64>); 2]) = if controllers.is_empty() {
                 ("/sys/fs/cgroup".into(), [("memory.max", limits.memory), ("pids.max", limits.processes)])
             } else {
-                (Path::new("/sys/fs/cgroup").join(controllers), [("memory.limit_in_bytes", limits.memory), ("pids.max", limits.processes)])
+                (
+                    Path::new("/sys/fs/cgroup").join(controllers),
+                    [("memory.limit_in_bytes", limits.memory), ("pids.max", limits.processes)],
+                )
             };
             if !controllers.is_empty() && !controllers.split(',').any(|name| name == "memory" || name == "pids") {
                 continue;
@@ -49,10 +56,15 @@ impl Group {
                 let _ = fs_err::remove_dir(&dir);
                 continue;
             }
+            let Ok(lock) = lock(&dir) else { continue };
             for (file, value) in files {
                 if let Some(value) = value
                     && dir.join(file).exists()
-                    && std::fs::OpenOptions::new().write(true).open(dir.join(file)).and_then(|mut file| std::io::Write::write_all(&mut file, value.to_string().as_bytes())).is_ok()
+                    && std::fs::OpenOptions::new()
+                        .write(true)
+                        .open(dir.join(file))
+                        .and_then(|mut file| std::io::Write::write_all(&mut file, value.to_string().as_bytes()))
+                        .is_ok()
                 {
                     group.memory |= file.starts_with("memory");
                     group.processes |= file.starts_with("pids");
@@ -63,6 +75,7 @@ impl Group {
                 }
             }
             group.dirs.push(dir);
+            group.locks.push(lock);
         }
         group
     }
@@ -70,7 +83,11 @@ impl Group {
     /// Puts the calling process in; between fork and exec.
     pub fn enter(&self) -> std::io::Result<()> {
         for dir in &self.dirs {
-            let file = rustix::fs::open(dir.join("cgroup.procs"), rustix::fs::OFlags::WRONLY | rustix::fs::OFlags::CLOEXEC, rustix::fs::Mode::empty())?;
+            let file = rustix::fs::open(
+                dir.join("cgroup.procs"),
+                rustix::fs::OFlags::WRONLY | rustix::fs::OFlags::CLOEXEC,
+                rustix::fs::Mode::empty(),
+            )?;
             rustix::io::write(&file, b"0")?;
         }
         Ok(())
@@ -114,8 +131,19 @@ fn remove_empty(above: &Path) {
     let Ok(entries) = fs_err::read_dir(above) else { return };
     for entry in entries.flatten() {
         if entry.file_name().to_string_lossy().starts_with(PREFIX) {
+            let Ok(_lock) = lock(&entry.path()) else { continue };
             let _ = rustix::fs::unlinkat(rustix::fs::CWD, entry.path(), rustix::fs::AtFlags::REMOVEDIR);
         }
     }
 }
 
+/// The lock of a group, unless somebody else has it.
+fn lock(dir: &Path) -> std::io::Result<OwnedFd> {
+    let fd = rustix::fs::open(
+        dir,
+        rustix::fs::OFlags::RDONLY | rustix::fs::OFlags::DIRECTORY | rustix::fs::OFlags::CLOEXEC,
+        rustix::fs::Mode::empty(),
+    )?;
+    rustix::fs::flock(&fd, rustix::fs::FlockOperation::NonBlockingLockExclusive)?;
+    Ok(fd)
+}

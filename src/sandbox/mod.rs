@@ -25,8 +25,8 @@ use anyhow::{Context as _, Result};
 use serde::Serialize;
 use serde::de::DeserializeOwned;
 
-pub use protocol::{Exit, Limits, Mount, Network, RunSpec};
 use protocol::{Channel, Event, Frame, Request};
+pub use protocol::{Exit, Limits, Mount, Network, RunSpec};
 
 use crate::cmd::Cmd;
 use crate::error::Problem;
@@ -107,14 +107,23 @@ impl Session {
     }
 
     /// [`Session::call`], with the notes the function sends meanwhile.
-    pub fn call_noting<A: Serialize, R: DeserializeOwned>(&self, name: &str, args: &A, note: &mut dyn FnMut(Vec<u8>)) -> Result<R> {
+    pub fn call_noting<A: Serialize, R: DeserializeOwned>(
+        &self,
+        name: &str,
+        args: &A,
+        note: &mut dyn FnMut(Vec<u8>),
+    ) -> Result<R> {
         self.channel.send(&Request::Call { name: name.into(), args: serde_json::to_value(args)? }, &[])?;
         loop {
             match self.next()? {
                 Answer::Output(bytes) => note(bytes),
-                Answer::Event(Event::Done(value), _) => return serde_json::from_value(value).with_context(|| format!("cannot read the answer of `{name}`")),
+                Answer::Event(Event::Done(value), _) => {
+                    return serde_json::from_value(value).with_context(|| format!("cannot read the answer of `{name}`"));
+                }
                 Answer::Event(Event::Failed(failure), _) => return Err(failure.into_error()),
                 Answer::Event(Event::Note(text), _) => note(text.into_bytes()),
+                // Answers to what was asked of a command just before it ended.
+                Answer::Event(Event::Connected | Event::Refused(_) | Event::Checked(_), _) => {}
                 Answer::Event(event, _) => anyhow::bail!("unexpected answer to `{name}`: {event:?}"),
             }
         }
@@ -198,7 +207,9 @@ impl Session {
             None => {
                 let status = self.child.lock().ok().and_then(|mut child| child.as_mut().and_then(|child| child.wait().ok()));
                 let how = status.map_or_else(|| "an unknown status".into(), crate::cmd::describe);
-                Err(Problem::failed(format!("the unshare process ended with {how}")).hint("it may have been killed, or have run out of memory").into())
+                Err(Problem::failed(format!("the unshare process ended with {how}"))
+                    .hint("it may have been killed, or have run out of memory")
+                    .into())
             }
         }
     }
@@ -223,7 +234,8 @@ fn map_ids(pid: u32) -> Result<()> {
     let uid = rustix::process::geteuid().as_raw();
     if uid == 0 {
         for name in ["uid_map", "gid_map"] {
-            fs_err::write(proc.join(name), format!("0 0 {IDS}\n")).context("cannot map the ids of the user namespace")?;
+            let own = fs_err::read_to_string(Path::new("/proc/self").join(name))?;
+            fs_err::write(proc.join(name), identity_map(&own)).context("cannot map the ids of the user namespace")?;
         }
         return Ok(());
     }
@@ -245,9 +257,21 @@ fn map_ids(pid: u32) -> Result<()> {
     Ok(())
 }
 
+/// The first [`IDS`] ids of `own`, a map as in user_namespaces(7), each as itself. A range of the new
+/// map must lie in one of the namespace's own, and a rootless container's has two.
+fn identity_map(own: &str) -> String {
+    let rows = own.lines().filter_map(|line| {
+        let mut fields = line.split_whitespace();
+        let start: u32 = fields.next()?.parse().ok()?;
+        let count: u32 = fields.nth(1)?.parse().ok()?;
+        let count = count.min(IDS.checked_sub(start)?);
+        (count > 0).then(|| format!("{start} {start} {count}\n"))
+    });
+    rows.collect()
+}
+
 fn no_range(user: &str, file: &str) -> Problem {
     Problem::failed(format!("`{user}` has no range of {} subordinate ids in `{file}`", IDS - 1))
-        .hint(format!("as root: usermod --add-subuids 100000-165535 --add-subgids 100000-165535 {user}"))
         .hint("`pipeline doctor` names a range that is free on this machine")
 }
 
@@ -292,6 +316,18 @@ fn detach_from_terminal(command: &mut std::process::Command) {
 #[cfg(test)]
 mod tests {
     use super::*;
+
+    #[test]
+    fn root_keeps_its_ids() {
+        let cases = [
+            ("         0          0 4294967295\n", "0 0 65536\n"),
+            ("         0       1000          1\n         1     100000      65536\n", "0 0 1\n1 1 65535\n"),
+            ("0 1000 1\n70000 5 5\n", "0 0 1\n"),
+        ];
+        for (own, expected) in cases {
+            assert_eq!(identity_map(own), expected);
+        }
+    }
 
     #[test]
     fn ranges_are_found_by_name_or_id() {

@@ -22,8 +22,8 @@ use pipeline::cmd::Cmd;
 use pipeline::oci::digest::Digest;
 use serde_json::Value;
 
-/// The ordinary user of tests that run as root.
-pub const TEST_USER: &str = "pipeline-test";
+/// The ordinary user of tests that run as root, unless `PIPELINE_TEST_USER` names another.
+const TEST_USER: &str = "pipeline-test";
 /// What the network of this machine needs to be known to programs; the rest of the environment stays out.
 const PASSED: [&str; 22] = [
     "http_proxy", "https_proxy", "all_proxy", "no_proxy", "HTTP_PROXY", "HTTPS_PROXY", "ALL_PROXY", "NO_PROXY",
@@ -40,14 +40,14 @@ pub enum User {
     Ordinary,
 }
 
-/// Everybody a test can run as.
+/// Everybody a test can run as. With `PIPELINE_TEST_USER`, the second round of `tools/test`, only that ordinary user.
 pub fn users() -> Vec<User> {
-    if tests_are_root() { vec![User::Root, User::Ordinary] } else { vec![User::Ordinary] }
+    if tests_are_root() && std::env::var_os("PIPELINE_TEST_USER").is_none() { vec![User::Root, User::Ordinary] } else { vec![User::Ordinary] }
 }
 
-/// The user the tests run as.
+/// The one user of tests that are too slow to run for each.
 pub fn me() -> User {
-    if tests_are_root() { User::Root } else { User::Ordinary }
+    users()[0]
 }
 
 pub fn tests_are_root() -> bool {
@@ -79,17 +79,18 @@ impl User {
 fn test_user() -> (u32, u32, PathBuf) {
     static MADE: OnceLock<(u32, u32, PathBuf)> = OnceLock::new();
     MADE.get_or_init(|| {
+        let name = std::env::var("PIPELINE_TEST_USER").unwrap_or_else(|_| TEST_USER.into());
         let _lock = Lock::wait(&std::env::temp_dir().join(".pipeline-test-user.lock"), Hold::Exclusive).unwrap();
-        let row = || fs_err::read_to_string("/etc/passwd").unwrap().lines().find(|line| line.starts_with(&format!("{TEST_USER}:"))).map(String::from);
+        let row = || fs_err::read_to_string("/etc/passwd").unwrap().lines().find(|line| line.starts_with(&format!("{name}:"))).map(String::from);
         if row().is_none() {
             tool("useradd", "passwd");
             // As an ordinary user, so that it gets ranges of subordinate ids.
-            Cmd::new("useradd").args(["--create-home", "--shell", "/bin/sh", TEST_USER]).run().unwrap();
+            Cmd::new("useradd").args(["--create-home", "--shell", "/bin/sh", &name]).run().unwrap();
         }
         for (file, option) in [("/etc/subuid", "--add-subuids"), ("/etc/subgid", "--add-subgids")] {
             let ranges = fs_err::read_to_string(file).unwrap_or_default();
-            if !ranges.lines().any(|line| line.starts_with(&format!("{TEST_USER}:"))) {
-                Cmd::new("usermod").args([option, "2000000-2065535", TEST_USER]).run().unwrap();
+            if !ranges.lines().any(|line| line.starts_with(&format!("{name}:"))) {
+                Cmd::new("usermod").args([option, "2000000-2065535", &name]).run().unwrap();
             }
         }
         let row = row().expect("the user was just made");
@@ -683,12 +684,20 @@ impl Drop for Project {
     fn drop(&mut self) {
         let Some(temp) = self.temp.take() else { return };
         if !tests_are_root() && self.root.starts_with(temp.path()) && self.root.exists() {
-            // Trees belong to subordinate ids.
-            let _ = Cmd::new("unshare").args(["--user", "--map-auto", "--map-root-user", "rm", "-rf"]).arg(&self.root).run();
+            remove_tree(&self.root);
         }
         if std::thread::panicking() && std::env::var_os("PIPELINE_TEST_KEEP").is_some() {
             let _ = temp.keep();
         }
+    }
+}
+
+/// Removes a store of the tests' own user: its trees belong to subordinate ids.
+pub fn remove_tree(path: &Path) {
+    if tests_are_root() {
+        let _ = fs_err::remove_dir_all(path);
+    } else {
+        let _ = Cmd::new("unshare").args(["--user", "--map-auto", "--map-root-user", "rm", "-rf"]).arg(path).run();
     }
 }
 
@@ -738,12 +747,14 @@ fn test_store(user: User) -> PathBuf {
     root
 }
 
+/// The steps of [`Project::tiny`].
+pub const TINY_STEPS: [&str; 3] = ["base", "dependencies", "application"];
 const TINY: &str = "\
 name: tiny
 base:
   tar: base.tar
 runtime:
-  builder: builder
+  builder: ./builder
 source:
   path: src
 image:
@@ -762,7 +773,8 @@ port: 8080
 ";
 const TINY_DEPENDENCIES: &str = "#!/bin/sh\nset -eu\nmkdir -p /opt/dependencies\ncp /tmp/src/lock.txt /opt/dependencies/installed\nchmod -R u+rwX,go+rX,go-w /opt\n";
 const TINY_ASSEMBLE: &str = "#!/bin/sh\nset -eu\numask 022\nmkdir -p /opt/app\ncp -a /tmp/src/. /opt/app\ndate > /dev/null\necho assembled\n";
-const TINY_RUN: &str = "#!/bin/sh\nexec httpd -f -p 8080 -h /opt/app\n";
+// PID 1 gets only the signals it asked for.
+const TINY_RUN: &str = "#!/bin/sh\nhttpd -f -p ${PORT:-8080} -h /opt/app &\ntrap 'kill $!; exit 130' INT\ntrap 'kill $!; exit 143' TERM\nwait\n";
 
 /// A root file system of Debian's busybox-static: a tar, the same bytes in every test.
 pub fn tiny_base() -> &'static [u8] {

@@ -13,6 +13,12 @@ use anyhow::{Context as _, Result};
 use crate::build::lock::Set;
 use crate::error::Problem;
 
+/// Where a repository is in the sandbox.
+pub const REPOSITORY: &str = "/run/pipeline/repo";
+
+/// The file in a repository that holds its [`install_script`].
+pub const SCRIPT: &str = "install.sh";
+
 /// The search path of a Debian system's root.
 const PATH: &str = "/usr/local/sbin:/usr/local/bin:/usr/sbin:/usr/bin:/sbin:/bin";
 
@@ -21,7 +27,7 @@ const PATH: &str = "/usr/local/sbin:/usr/local/bin:/usr/sbin:/usr/bin:/sbin:/bin
 const MERGED_USR: &str = r#"umask 022 && for d in bin sbin lib lib64; do mkdir -p "$1/usr/$d" && ln -s "usr/$d" "$1/$d"; done"#;
 
 /// The command line that makes a tree of `set` (a base set) at `root`, an empty folder, from the
-/// repository `repo`. Starts from an empty environment; `temporary` is where mmdebstrap puts its
+/// repository `repo`: mmdebstrap unpacks the essential packages and apt, and that apt the rest. Starts from an empty environment; `temporary` is where mmdebstrap puts its
 /// own files while it runs, and everything of the caller's. `epoch` is `SOURCE_DATE_EPOCH`.
 pub fn bootstrap(repo: &Path, root: &Path, temporary: &Path, set: &Set, epoch: i64) -> Result<Vec<String>> {
     let text = |path: &Path| -> Result<String> {
@@ -29,7 +35,6 @@ pub fn bootstrap(repo: &Path, root: &Path, temporary: &Path, set: &Set, epoch: i
         anyhow::ensure!(path.is_absolute(), "`{text}` is not absolute");
         Ok(text.to_owned())
     };
-    let include = set.packages.iter().map(|package| package.name.as_str()).collect::<Vec<_>>().join(",");
     let mut line: Vec<String> =
         ["env", "-i", "LC_ALL=C.UTF-8", "TZ=UTC", "HOME=/", "DEBIAN_FRONTEND=noninteractive"].map(Into::into).into();
     line.push(format!("PATH={PATH}"));
@@ -39,7 +44,6 @@ pub fn bootstrap(repo: &Path, root: &Path, temporary: &Path, set: &Set, epoch: i
     line.push("PYTHONHASHSEED=0".into());
     line.extend(["mmdebstrap", "--mode=root", "--format=directory", "--variant=apt"].map(Into::into));
     line.push(format!("--architectures={}", super::ARCHITECTURE));
-    line.push(format!("--include={include}"));
     // The folder is ours and empty, nothing is emulated, and there is no signature to check with:
     // the digests were. The lists are taken away with everything else by `normalise`.
     line.push("--skip=check/empty,check/qemu,check/signed-by,cleanup/apt/lists".into());
@@ -50,9 +54,23 @@ pub fn bootstrap(repo: &Path, root: &Path, temporary: &Path, set: &Set, epoch: i
     if set.request.suite == "bookworm" {
         line.push(format!("--setup-hook={MERGED_USR}"));
     }
+    if !set.request.packages.is_empty() {
+        line.push(format!("--customize-hook={}", rest_hook(&text(repo)?)));
+    }
     // No suite: there is one archive, and all of it is wanted.
     line.extend([String::new(), text(root)?, format!("deb [trusted=yes] copy:{} ./", uri_path(&text(repo)?))]);
     Ok(line)
+}
+
+/// The shell line that installs what is beyond the essential packages and apt: with the tree's own
+/// apt, which is locked. This machine's apt may put the packages in another order, and with it the
+/// numbers of the users they make.
+fn rest_hook(repo: &str) -> String {
+    let quoted = format!("'{}'", repo.replace('\'', r"'\''"));
+    // Inside, the configuration file mmdebstrap names in APT_CONFIG is not there.
+    format!(
+        r#"mkdir -p "$1{REPOSITORY}" && mount -o bind {quoted} "$1{REPOSITORY}" && env -u APT_CONFIG -u TMPDIR chroot "$1" /bin/sh {REPOSITORY}/{SCRIPT} && umount "$1{REPOSITORY}""#
+    )
 }
 
 /// A path as part of an apt source line, which ends at a space.
@@ -66,7 +84,7 @@ pub(super) fn uri_path(path: &str) -> String {
 /// writable and goes away with the sandbox. Run it as uid 0 with `SOURCE_DATE_EPOCH` set.
 ///
 /// # Errors
-/// Usage, when the set holds no packages or a name that is not one.
+/// Usage, for a name or version that is not one.
 pub fn install_script(set: &Set, repo: &str) -> Result<String> {
     let plain = |text: &str| text.bytes().all(|c| c.is_ascii_alphanumeric() || matches!(c, b'+' | b'-' | b'.' | b':' | b'~'));
     if let Some(package) = set.packages.iter().find(|package| !plain(&package.name) || !plain(&package.version)) {
@@ -75,7 +93,8 @@ pub fn install_script(set: &Set, repo: &str) -> Result<String> {
         );
     }
     if set.packages.is_empty() {
-        return Err(Problem::usage("there is nothing to install in an empty set").into());
+        // Everything asked for is in the tree already.
+        return Ok("exit 0\n".into());
     }
     let packages: Vec<String> = set.packages.iter().map(|package| format!("{}={}", package.name, package.version)).collect();
     Ok(INSTALL.replace("@REPO@", &uri_path(repo)).replace("@PATH@", PATH).replace("@PACKAGES@", &packages.join(" \\\n  ")))
@@ -96,9 +115,11 @@ fi
 work=/tmp/pipeline-apt
 mkdir -p $work/lists/partial $work/archives/partial $work/log
 echo 'deb [trusted=yes] file:@REPO@ ./' >$work/sources.list
+made=
+trap 'rm -rf $work $made' EXIT
 policy=/usr/sbin/policy-rc.d
 if ! [ -e $policy ] && ! [ -L $policy ]; then
-  trap 'rm -f $policy' EXIT
+  made=$policy
   printf '#!/bin/sh\nexit 101\n' >$policy
   chmod 755 $policy
 fi
@@ -128,6 +149,7 @@ mod tests {
         let mut base = set(vec![package("apt", "3.0", 1), package("libc6", "2.41", 2)]);
         let line =
             |set: &Set| bootstrap(Path::new("/c/re po"), Path::new("/c/root"), Path::new("/c/tmp"), set, 1_700_000_000).unwrap();
+        let hook = r#"--customize-hook=mkdir -p "$1/run/pipeline/repo" && mount -o bind '/c/re po' "$1/run/pipeline/repo" && env -u APT_CONFIG -u TMPDIR chroot "$1" /bin/sh /run/pipeline/repo/install.sh && umount "$1/run/pipeline/repo""#;
         let expected = [
             "env",
             "-i",
@@ -144,18 +166,23 @@ mod tests {
             "--format=directory",
             "--variant=apt",
             "--architectures=amd64",
-            "--include=apt,libc6",
             "--skip=check/empty,check/qemu,check/signed-by,cleanup/apt/lists",
             "--dpkgopt=force-unsafe-io",
             "--aptopt=APT::Sandbox::User \"root\"",
             "--aptopt=Acquire::Languages \"none\"",
+            hook,
             "",
             "/c/root",
             "deb [trusted=yes] copy:/c/re%20po ./",
         ];
         assert_eq!(line(&base), expected);
+        let hook = hook.strip_prefix("--customize-hook=").unwrap();
+        crate::cmd::Cmd::new("sh").arg("-n").input(hook).run().unwrap();
         base.request.suite = "bookworm".into();
-        assert_eq!(line(&base).iter().filter(|word| word.starts_with("--setup-hook=umask 022")).count(), 1);
+        base.request.packages.clear();
+        let bare = line(&base);
+        assert_eq!(bare.iter().filter(|word| word.starts_with("--setup-hook=umask 022")).count(), 1);
+        assert!(!bare.iter().any(|word| word.starts_with("--customize-hook")), "{bare:?}");
     }
 
     #[test]
@@ -164,6 +191,7 @@ mod tests {
         assert!(script.contains("echo 'deb [trusted=yes] file:/run/pipeline/repo ./'"), "{script}");
         assert!(script.ends_with("apt install --no-remove --allow-downgrades \\\n  a=1:2~rc1 \\\n  b=3\n"), "{script}");
         crate::cmd::Cmd::new("sh").arg("-n").input(script).run().unwrap();
+        assert_eq!(install_script(&set(vec![]), "/r").unwrap(), "exit 0\n");
         for bad in [package("a;reboot", "1", 0), package("a", "$(x)", 0)] {
             assert_eq!(crate::error::exit_code(&install_script(&set(vec![bad]), "/r").unwrap_err()), 2);
         }

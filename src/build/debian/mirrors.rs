@@ -66,9 +66,14 @@ impl Archives {
     /// # Errors
     /// Usage, when there is no address for an archive or a keyring is missing.
     pub fn new(suite: Suite, mirror: Option<&str>, security_mirror: Option<&str>, repositories: &[Repository]) -> Result<Self> {
-        let security = suite.has_updates();
-        let host = if mirror.is_none() || (security && security_mirror.is_none()) { read_host()? } else { Vec::new() };
-        let archives = Self::from(suite, mirror, security_mirror, repositories, &host)?;
+        let asks_host = mirror.is_none() || (suite.has_updates() && security_mirror.is_none());
+        let mut host = if asks_host { read_host(true)? } else { Vec::new() };
+        let mut archives = Self::from(suite, mirror, security_mirror, repositories, &host);
+        if asks_host && archives.is_err() {
+            host.extend(read_host(false)?);
+            archives = Self::from(suite, mirror, security_mirror, repositories, &host);
+        }
+        let archives = archives?;
         for source in &archives.sources {
             if !source.signed_by.exists() {
                 let problem = Problem::usage(format!("the keyring `{}` does not exist", source.signed_by.display()));
@@ -137,7 +142,10 @@ pub fn request(suite: &str, packages: &[String], repositories: &[Repository], on
     let mut packages = packages.to_vec();
     packages.sort();
     packages.dedup();
-    let repositories = repositories.iter().map(|extra| format!("{}/{}/{}", stand_in(&extra.uri), extra.suite, extra.components.join("+"))).collect();
+    let repositories = repositories
+        .iter()
+        .map(|extra| format!("{}/{}/{}", stand_in(&extra.uri), extra.suite, extra.components.join("+")))
+        .collect();
     Request { suite: suite.into(), packages, repositories, on }
 }
 
@@ -172,10 +180,14 @@ struct HostSource {
 /// What [`read_host`] asks apt for.
 const FORMAT: &str = "$(REPO_URI)|$(RELEASE)|$(COMPONENT)|$(ORIGIN)";
 
-fn read_host() -> Result<Vec<HostSource>> {
+/// The sources of this machine's apt: with their origins, those whose lists are there; without,
+/// all, also before the first `apt-get update`.
+fn read_host(with_origin: bool) -> Result<Vec<HostSource>> {
     let text = Cmd::new("apt-get")
         .env("LC_ALL", "C.UTF-8")
-        .args(["indextargets", "--format", FORMAT, "Identifier: Packages"])
+        .args(["indextargets", "--format", FORMAT])
+        .args((!with_origin).then_some("--no-release-info"))
+        .arg("Identifier: Packages")
         .text()
         .context("cannot read the sources of this machine's apt")?;
     Ok(parse_host(&text))
@@ -333,10 +345,15 @@ mod tests {
                  deb [arch=amd64 signed-by=/keys/a.gpg] https://x.test/apt/ stable main extra\n"
             )
         );
-        let request = archives.request(&["b".into(), "a".into(), "b".into()], Some("trixie-012345678901".into()));
+        let request = request(
+            "trixie",
+            &["b", "a", "b"].map(String::from),
+            &[repository("https://x.test/apt")],
+            Some("trixie-012345678901".into()),
+        );
         assert_eq!((request.suite.as_str(), request.packages.as_slice()), ("trixie", &["a".to_owned(), "b".to_owned()][..]));
-        assert_eq!(request.repositories, [format!("{}/stable/main+extra", Digest::of("https://x.test/apt/").short())]);
-        assert!(!crate::build::lock::format(&crate::build::lock::Lock::default()).contains("x.test"));
+        assert_eq!(request.repositories, [format!("{}/stable/main+extra", archives.sources[3].repository())]);
+        assert!(!request.repositories[0].contains("x.test"), "the lock names no host");
         assert_eq!(with(Suite::Sid, &[]).unwrap().sources_list().lines().count(), 1);
         let error = with(Suite::Sid, &[repository("http://x.test/a b")]).unwrap_err();
         assert_eq!(crate::error::exit_code(&error), 2);

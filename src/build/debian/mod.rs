@@ -36,7 +36,7 @@ mod tests {
 
     use super::apt::Apt;
     use super::fetch::Gone;
-    use super::mirrors::Archives;
+    use super::mirrors::{Archives, request};
     use super::repository::{installed, status};
     use crate::build::lock::{self, Package, Request, Set};
     use crate::config::types::Suite;
@@ -66,7 +66,7 @@ mod tests {
         let packages = |names: &[&str]| names.iter().map(|&name| name.to_owned()).collect::<Vec<_>>();
 
         // A base: the essential packages and apt, and nothing that is only recommended.
-        let base = apt.resolve(&archives.request(&packages(&["netbase"]), None), "", NOW).unwrap();
+        let base = apt.resolve(&request("trixie", &packages(&["netbase"]), &[], None), "", NOW).unwrap();
         let found = names(&base.set);
         assert!(
             ["apt", "base-files", "dpkg", "libc6", "netbase", "usr-is-merged"].iter().all(|name| found.contains(name)),
@@ -83,8 +83,8 @@ mod tests {
         );
 
         // On top of it: only what is missing.
-        let request: Request = archives.request(&packages(&["ca-certificates", "netbase"]), Some(base.set.request.key()));
-        let top = apt.resolve(&request, &base.status(), NOW).unwrap().set;
+        let on_top: Request = request("trixie", &packages(&["ca-certificates", "netbase"]), &[], Some(base.set.request.key()));
+        let top = apt.resolve(&on_top, &base.status(), NOW).unwrap().set;
         assert!(
             names(&top).contains(&"openssl") && !names(&top).contains(&"netbase") && !names(&top).contains(&"libc6"),
             "{:?}",
@@ -92,12 +92,12 @@ mod tests {
         );
 
         // Two small packages for real.
-        let request = archives.request(&packages(&["netbase", "media-types"]), Some("image".into()));
-        let set = apt.lock(&request, "", NOW, cache.path()).unwrap();
+        let two = request("trixie", &packages(&["netbase", "media-types"]), &[], Some("image".into()));
+        let set = apt.lock(&two, "", NOW, cache.path()).unwrap();
         assert_eq!(names(&set), ["media-types", "netbase"]);
         assert!(set.epoch() > 1_500_000_000, "{set:?}");
         assert_eq!(installed(&status(&[&set], cache.path()).unwrap()).len(), 2);
-        let text = lock::format(&lock::Lock { sets: [(request.key(), set.clone())].into(), ..Default::default() });
+        let text = lock::format(&lock::Lock { sets: [(two.key(), set.clone())].into(), ..Default::default() });
         let host = archives.sources[0].uri.split('/').nth(2).unwrap();
         assert!(!text.contains("://") && (host.is_empty() || !text.contains(host)), "{text}");
 
@@ -114,7 +114,7 @@ mod tests {
         assert_eq!((update.changes.len(), update.everything), (1, false));
 
         // What does not exist names what does.
-        let error = apt.resolve(&archives.request(&packages(&["ca-certificate"]), None), "", NOW).unwrap_err();
+        let error = apt.resolve(&request("trixie", &packages(&["ca-certificate"]), &[], None), "", NOW).unwrap_err();
         assert_eq!((error.to_string().as_str(), crate::error::exit_code(&error)), ("unknown package `ca-certificate`", 2));
         assert_eq!(crate::error::hints(&error), ["the nearest name to `ca-certificate` is `ca-certificates`"]);
     }
@@ -126,7 +126,7 @@ mod tests {
         let nobody = "http://127.0.0.1:9/debian";
         let archives = Archives::new(Suite::Sid, Some(nobody), None, &[]).unwrap();
         let mut apt = Apt::open(&archives, cache.path()).unwrap();
-        let error = apt.resolve(&archives.request(&["bash".into()], None), "", NOW).unwrap_err();
+        let error = apt.resolve(&request("sid", &["bash".into()], &[], None), "", NOW).unwrap_err();
         assert_eq!(crate::error::exit_code(&error), 75, "{error:#}");
         assert!(error.to_string().contains(nobody), "{error:#}");
     }
@@ -139,7 +139,7 @@ mod tests {
         fs_err::write(&keyring, "").unwrap();
         archives.sources[0].signed_by = keyring;
         let mut apt = Apt::open(&archives, cache.path()).unwrap();
-        let error = apt.resolve(&archives.request(&["bash".into()], None), "", NOW).unwrap_err();
+        let error = apt.resolve(&request("sid", &["bash".into()], &[], None), "", NOW).unwrap_err();
         assert_eq!(crate::error::exit_code(&error), 1, "{error:#}");
         assert!(error.to_string().contains("signature"), "{error:#}");
     }

@@ -10,6 +10,7 @@ use std::sync::atomic::{AtomicUsize, Ordering};
 
 use anyhow::{Context as _, Result};
 
+use super::bootstrap::{REPOSITORY, SCRIPT, install_script};
 use crate::build::lock::{Package, Set};
 use crate::cmd::Cmd;
 use crate::error::Problem;
@@ -24,8 +25,8 @@ pub fn deb_path(cache: &Path, sha256: &Digest) -> PathBuf {
 }
 
 /// Makes `dir` a flat repository of the packages of `set`, which [`super::fetch::fetch`] put into
-/// `cache`: one hard link (a copy on another file system) for each, and a `Packages` file. `dir`
-/// is made; nothing in it points outside, so that it can be bound into a sandbox. No signature:
+/// `cache`: one hard link (a copy on another file system) for each, and a `Packages` file,
+/// and the script that installs them all ([`SCRIPT`]). `dir` is made; nothing in it points outside, so that it can be bound into a sandbox. No signature:
 /// apt reads it as `deb [trusted=yes] file:DIR ./`, and checks the digests in `Packages`.
 pub fn repository(dir: &Path, set: &Set, cache: &Path) -> Result<()> {
     fs_err::create_dir_all(dir)?;
@@ -38,6 +39,7 @@ pub fn repository(dir: &Path, set: &Set, cache: &Path) -> Result<()> {
         index.push_str(&format!("Filename: ./{name}\nSize: {}\nSHA256: {}\n\n", package.size, package.sha256.hex()));
     }
     fs_err::write(dir.join("Packages"), index)?;
+    fs_err::write(dir.join(SCRIPT), install_script(set, REPOSITORY)?)?;
     Ok(())
 }
 
@@ -217,6 +219,8 @@ pub(super) mod tests {
         );
         assert_eq!(fs_err::read_to_string(repo.join("Packages")).unwrap(), expected);
         assert_eq!(Digest::of(fs_err::read(repo.join("aa_all.deb")).unwrap()), aa.sha256);
+        let script = fs_err::read_to_string(repo.join(SCRIPT)).unwrap();
+        assert!(script.ends_with("\n  aa=1:1.0 \\\n  bb=2\n"), "{script}");
         let newer = sample::set(vec![build_deb(&cache, "bb", "3", "")]);
         let status = status(&[&set, &newer], &cache).unwrap();
         assert_eq!(installed(&status), [("aa".into(), "1:1.0".into()), ("bb".into(), "3".into())]);

@@ -11,6 +11,7 @@ use std::path::{Path, PathBuf};
 use anyhow::{Context as _, Result};
 
 use super::apt::{Apt, explain_install};
+use super::bootstrap::uri_path;
 use super::fetch::{date, missing};
 use super::repository::{as_installed, deb_path, field, repository};
 use crate::build::lock::{self, Archive, Package, PackageChange, Request, Set};
@@ -109,7 +110,11 @@ impl Apt {
             .collect();
         self.set_status(installed)?;
         self.set_preferences(&pins(&kept.packages))?;
-        self.set_sources(&format!("deb [trusted=yes arch={}] copy:{} ./\n", super::ARCHITECTURE, dir.display()))?;
+        self.set_sources(&format!(
+            "deb [trusted=yes arch={}] copy:{} ./\n",
+            super::ARCHITECTURE,
+            uri_path(&dir.to_string_lossy())
+        ))?;
         let pinned = self.update().and_then(|()| self.solve(&set.request, resolved, &by_digest));
         self.set_preferences("")?;
         self.set_sources("")?;

@@ -92,6 +92,15 @@ pub fn state(root: &Path, listing: &Digest, cache: Option<&Path>) -> Result<Opti
     read.with_context(|| format!("cannot read the Git repository of `{}`", root.display()))
 }
 
+/// What is known at once of a repository whose commit has not moved since `cache` was written:
+/// everything but [`GitState::changed`], which is 0 here; [`state`] tells it.
+pub fn same_commit(root: &Path, cache: &Path) -> Option<GitState> {
+    let root = fs::canonicalize(root).ok()?;
+    let cached = load(cache);
+    let listing = cached.listing?;
+    unchanged(&root, &listing, &cached).map(|state| GitState { changed: 0, ..state })
+}
+
 /// The cached answer, when `HEAD` still names its commit and the listing is the same.
 fn unchanged(root: &Path, listing: &Digest, cached: &Cached) -> Option<GitState> {
     let seen = cached.seen.as_ref().filter(|_| !cached.cut && cached.listing.as_ref() == Some(listing))?;
@@ -158,7 +167,19 @@ fn read(opened: &Opened, root: &Path, listing: &Digest, cache: Option<&Path>) ->
     if let Some(cache) = cache.filter(|_| new != old) {
         store(cache, &new)?;
     }
-    Ok(Some(GitState { head: new.head, branch: new.branch, origin: new.origin, last_commit: new.last_commit, changed: new.changed, cut: new.cut }))
+    Ok(Some(GitState {
+        head: new.head,
+        branch: new.branch,
+        origin: new.origin,
+        last_commit: new.last_commit,
+        changed: new.changed,
+        cut: new.cut,
+    }))
+}
+
+/// Whether the cache answers for this listing without libgit2.
+pub fn is_known(root: &Path, listing: &Digest, cache: &Path) -> bool {
+    fs::canonicalize(root).is_ok_and(|root| unchanged(&root, listing, &load(cache)).is_some())
 }
 
 fn load(cache: &Path) -> Cached {
@@ -169,7 +190,10 @@ fn load(cache: &Path) -> Cached {
 fn store(cache: &Path, cached: &Cached) -> Result<()> {
     let folder = cache.parent().context("the cache file has no folder")?;
     fs::create_dir_all(folder)?;
-    let temporary = tempfile::Builder::new().prefix(".tmp-").tempfile_in(folder).with_context(|| format!("cannot write in `{}`", folder.display()))?;
+    let temporary = tempfile::Builder::new()
+        .prefix(".tmp-")
+        .tempfile_in(folder)
+        .with_context(|| format!("cannot write in `{}`", folder.display()))?;
     fs::write(temporary.path(), serde_json::to_vec(cached)?)?;
     temporary.persist(cache).with_context(|| format!("cannot write `{}`", cache.display()))?;
     Ok(())

@@ -23,13 +23,12 @@ const fn optional(program: &'static str, package: &'static str, without: &'stati
     Tool { program, package, optional: Some(without) }
 }
 
-const TOOLS: [Tool; 7] = [
+const TOOLS: [Tool; 6] = [
     needed("runc", "runc"),
     needed("mmdebstrap", "mmdebstrap"),
     needed("apt-get", "apt"),
     needed("dpkg-deb", "dpkg"),
-    optional("git", "git", "submodules and credentials by Git's helpers"),
-    optional("slirp4netns", "slirp4netns", "a network of its own for `pipeline run` as an ordinary user"),
+    optional("git", "git", "credentials by Git's helpers"),
     optional("skopeo", "skopeo", "copying images with other tools, and a part of the tests"),
 ];
 
