@@ -106,7 +106,7 @@ class Docker:
         ]
         unshare = ["unshare", "--mount", "--pid", "--fork", "--kill-child", "--mount-proc", "--", "/bin/sh", "-c", script, "sh"]
         with open(self.log, "wb") as log:
-            self.process = subprocess.Popen([*unshare, *dockerd], stdin=subprocess.DEVNULL, stdout=log, stderr=log, env=self.env, start_new_session=True, preexec_fn=die_with_parent)
+            self.process = subprocess.Popen([*unshare, *dockerd], stdin=subprocess.DEVNULL, stdout=log, stderr=log, env=self.env, preexec_fn=die_with_parent)
         try:
             self._wait()
         except BaseException:
@@ -162,8 +162,8 @@ def first(path, name):
     return found
 
 
-def die_with_parent():
-    ctypes.CDLL(None).prctl(1, signal.SIGKILL)  # PR_SET_PDEATHSIG
+def die_with_parent(number=signal.SIGKILL):
+    ctypes.CDLL(None).prctl(1, number)  # PR_SET_PDEATHSIG
 
 
 def base_tree(work):

@@ -106,7 +106,10 @@ impl Cmd {
     /// The command line, for messages: words with spaces are quoted.
     pub fn line(&self) -> String {
         let words = std::iter::once(&self.program).chain(&self.arguments);
-        words.map(|word| if word.contains([' ', '\n', '"']) { format!("{word:?}") } else { word.clone() }).collect::<Vec<_>>().join(" ")
+        words
+            .map(|word| if word.contains([' ', '\n', '"']) { format!("{word:?}") } else { word.clone() })
+            .collect::<Vec<_>>()
+            .join(" ")
     }
 
     /// The command itself, for what this type does not cover (file descriptors, `pre_exec`).
@@ -189,7 +192,9 @@ pub fn owned(args: &[&str]) -> Vec<OsString> {
 
 fn not_started(program: &str, line: &str, error: std::io::Error) -> anyhow::Error {
     if error.kind() == std::io::ErrorKind::NotFound {
-        return Problem::failed(format!("`{program}` is not installed")).hint("`pipeline doctor` shows what is missing and how to get it").into();
+        return Problem::failed(format!("`{program}` is not installed"))
+            .hint("`pipeline doctor` shows what is missing and how to get it")
+            .into();
     }
     anyhow::Error::new(error).context(format!("cannot start `{line}`"))
 }

@@ -101,9 +101,10 @@ pub fn hints(error: &anyhow::Error) -> Vec<String> {
 /// Whether the chain ends in `ENOSPC` or `EDQUOT`.
 pub fn is_disk_full(error: &anyhow::Error) -> bool {
     error.chain().any(|cause| {
-        cause.downcast_ref::<std::io::Error>().is_some_and(|io| {
-            matches!(io.kind(), std::io::ErrorKind::StorageFull | std::io::ErrorKind::QuotaExceeded)
-        }) || cause.to_string().contains("No space left on device")
+        cause
+            .downcast_ref::<std::io::Error>()
+            .is_some_and(|io| matches!(io.kind(), std::io::ErrorKind::StorageFull | std::io::ErrorKind::QuotaExceeded))
+            || cause.to_string().contains("No space left on device")
     })
 }
 

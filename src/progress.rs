@@ -7,18 +7,41 @@ use serde::Serialize;
 #[serde(tag = "event", rename_all = "kebab-case")]
 pub enum Event {
     /// The steps of a build and how many are cached.
-    Plan { pipeline: String, steps: Vec<String>, cached: usize },
-    StepStart { step: String, because: String },
+    Plan {
+        pipeline: String,
+        steps: Vec<String>,
+        cached: usize,
+    },
+    StepStart {
+        step: String,
+        because: String,
+    },
     /// A line a step printed, secrets masked.
-    StepOutput { step: String, line: String },
+    StepOutput {
+        step: String,
+        line: String,
+    },
     /// `bytes`: size of the layer blob.
-    StepEnd { step: String, outcome: Outcome, seconds: f64, bytes: u64 },
+    StepEnd {
+        step: String,
+        outcome: Outcome,
+        seconds: f64,
+        bytes: u64,
+    },
     /// Worth knowing, nothing wrong.
-    Note { text: String },
+    Note {
+        text: String,
+    },
     /// Probably wrong, the flow goes on.
-    Warning { text: String },
+    Warning {
+        text: String,
+    },
     /// The answer of a build.
-    Built { name: String, digest: String, seconds: f64 },
+    Built {
+        name: String,
+        digest: String,
+        seconds: f64,
+    },
 }
 
 /// How a step ended.

@@ -261,7 +261,7 @@ fn the_table_of_crates_is_whole() {
     let section = |name: &str| {
         cargo.split(&format!("[{name}]\n")).nth(1).and_then(|rest| rest.split("\n[").next()).unwrap_or_default().to_string()
     };
-    let text = ["dependencies", "dev-dependencies", "build-dependencies"].map(|name| section(name)).join("\n");
+    let text = ["dependencies", "dev-dependencies", "build-dependencies"].map(section).join("\n");
     let used: BTreeSet<String> = text
         .lines()
         .filter(|line| !line.starts_with('#'))

@@ -23,7 +23,10 @@ pub fn export(store: &Store, name: &str, descriptor: &Descriptor, out: &mut dyn 
     let (manifest, _) = image::read(store, &descriptor.digest)?;
     let mut entry = descriptor.clone();
     // The layout's own name is what skopeo finds; the full one is what Docker and containerd tag.
-    entry.annotations = BTreeMap::from([(REF_NAME.to_string(), name.to_string()), ("io.containerd.image.name".to_string(), format!("docker.io/library/{name}"))]);
+    entry.annotations = BTreeMap::from([
+        (REF_NAME.to_string(), name.to_string()),
+        ("io.containerd.image.name".to_string(), format!("docker.io/library/{name}")),
+    ]);
     let index = Index { manifests: vec![entry], ..Index::default() };
     let path = |digest: &Digest| format!("blobs/sha256/{}", digest.hex());
     let layers = image::layers(store, &descriptor.digest)?;
@@ -47,12 +50,14 @@ pub fn export(store: &Store, name: &str, descriptor: &Descriptor, out: &mut dyn 
         store.verify(digest)?;
         append(&mut tar, path, tar::EntryType::Regular, *size, &mut fs_err::File::open(store.blob(digest))?)?;
     }
-    let plain: BTreeMap<String, Digest> = layers.iter().filter(is_zstd).map(|layer| (plain_path(layer), layer.descriptor.digest)).collect();
+    let plain: BTreeMap<String, Digest> =
+        layers.iter().filter(is_zstd).map(|layer| (plain_path(layer), layer.descriptor.digest)).collect();
     for (path, digest) in &plain {
         append(&mut tar, path.trim_end_matches("layer.tar"), tar::EntryType::Directory, 0, &mut std::io::empty())?;
         let open = || -> Result<_> { Ok(Compression::Zstd.reader(BufReader::new(fs_err::File::open(store.blob(digest))?))?) };
         // A tar says the size of an entry before its bytes, and a zstd stream need not say it at all.
-        let size = std::io::copy(&mut open()?, &mut std::io::sink()).with_context(|| format!("cannot decompress layer {digest}"))?;
+        let size =
+            std::io::copy(&mut open()?, &mut std::io::sink()).with_context(|| format!("cannot decompress layer {digest}"))?;
         append(&mut tar, path, tar::EntryType::Regular, size, &mut open()?)?;
     }
     for (path, bytes) in [
@@ -66,7 +71,13 @@ pub fn export(store: &Store, name: &str, descriptor: &Descriptor, out: &mut dyn 
     Ok(())
 }
 
-fn append(tar: &mut tar::Builder<&mut dyn Write>, path: &str, kind: tar::EntryType, size: u64, data: &mut dyn Read) -> Result<()> {
+fn append(
+    tar: &mut tar::Builder<&mut dyn Write>,
+    path: &str,
+    kind: tar::EntryType,
+    size: u64,
+    data: &mut dyn Read,
+) -> Result<()> {
     let mut header = tar::Header::new_ustar();
     header.set_entry_type(kind);
     header.set_mode(if kind.is_dir() { 0o755 } else { 0o644 });
@@ -88,7 +99,8 @@ pub fn load(store: &Store, reader: impl Read) -> Result<Vec<(String, Digest)>> {
         let mut entry = entry.map_err(|error| Problem::failed(format!("the archive is broken: {error}")))?;
         let path = String::from_utf8_lossy(&entry.path_bytes()).trim_start_matches("./").to_string();
         if let Some(hex) = path.strip_prefix("blobs/sha256/").filter(|hex| !hex.is_empty()) {
-            let digest: Digest = hex.parse().map_err(|_| Problem::failed(format!("the archive holds `{path}`, which is no digest")))?;
+            let digest: Digest =
+                hex.parse().map_err(|_| Problem::failed(format!("the archive holds `{path}`, which is no digest")))?;
             let size = entry.size();
             if !store.has(&digest, size) || store.verify(&digest).is_err() {
                 store.put_reader(&digest, &mut entry)?;
@@ -96,11 +108,15 @@ pub fn load(store: &Store, reader: impl Read) -> Result<Vec<(String, Digest)>> {
         } else if path == "index.json" {
             let mut bytes = Vec::new();
             entry.read_to_end(&mut bytes)?;
-            index = Some(serde_json::from_slice(&bytes).map_err(|error| Problem::failed(format!("the archive's index.json is broken: {error}")))?);
+            index = Some(
+                serde_json::from_slice(&bytes)
+                    .map_err(|error| Problem::failed(format!("the archive's index.json is broken: {error}")))?,
+            );
         }
     }
     let index = index.ok_or_else(|| {
-        Problem::failed("the archive has no index.json, so it is no OCI image layout").hint("`docker save` of Docker 25 and newer and `skopeo copy … oci-archive:FILE` write one")
+        Problem::failed("the archive has no index.json, so it is no OCI image layout")
+            .hint("`docker save` of Docker 25 and newer and `skopeo copy … oci-archive:FILE` write one")
     })?;
     let mut loaded = Vec::new();
     for descriptor in index.manifests {
@@ -114,7 +130,11 @@ pub fn load(store: &Store, reader: impl Read) -> Result<Vec<(String, Digest)>> {
         }
         if !name.contains(':') {
             // A bare tag, as `skopeo copy … oci-archive:FILE:TAG` writes it, keeps the full name beside it.
-            name = descriptor.annotations.get("io.containerd.image.name").and_then(|full| full.rsplit('/').next()).map_or_else(|| format!("loaded:{name}"), String::from);
+            name = descriptor
+                .annotations
+                .get("io.containerd.image.name")
+                .and_then(|full| full.rsplit('/').next())
+                .map_or_else(|| format!("loaded:{name}"), String::from);
         }
         let digest = descriptor.digest;
         store.tag(&name, &Descriptor { annotations: BTreeMap::new(), ..descriptor })?;
@@ -136,7 +156,11 @@ mod tests {
         let dir = tempfile::tempdir().unwrap();
         let one = Store::open(&dir.path().join("one")).unwrap();
         let digest = one.put(b"layer").unwrap();
-        let layer = Layer { descriptor: Descriptor::new("application/vnd.oci.image.layer.v1.tar", digest, 5), diff_id: digest, created_by: "x".into() };
+        let layer = Layer {
+            descriptor: Descriptor::new("application/vnd.oci.image.layer.v1.tar", digest, 5),
+            diff_id: digest,
+            created_by: "x".into(),
+        };
         let recipe = Recipe { config: RunConfig::default(), layers: vec![layer], annotations: BTreeMap::new(), created: 0 };
         let descriptor = image::write(&one, &recipe).unwrap();
         let mut first = Vec::new();

@@ -59,7 +59,11 @@ fn nothing<T>(value: &Option<T>) -> bool {
 impl RunConfig {
     /// The variables as pairs.
     pub fn variables(&self) -> Vec<(String, String)> {
-        self.env.iter().flatten().map(|pair| pair.split_once('=').map_or((pair.clone(), String::new()), |(key, value)| (key.into(), value.into()))).collect()
+        self.env
+            .iter()
+            .flatten()
+            .map(|pair| pair.split_once('=').map_or((pair.clone(), String::new()), |(key, value)| (key.into(), value.into())))
+            .collect()
     }
 }
 
@@ -102,7 +106,8 @@ pub struct Recipe {
 /// The bytes of configuration and manifest.
 pub fn encode(recipe: &Recipe) -> Result<(Vec<u8>, Vec<u8>)> {
     let created = timestamp(recipe.created)?;
-    let history: Vec<Value> = recipe.layers.iter().map(|layer| json!({"created": created, "created_by": layer.created_by})).collect();
+    let history: Vec<Value> =
+        recipe.layers.iter().map(|layer| json!({"created": created, "created_by": layer.created_by})).collect();
     let config = json!({
         "architecture": "amd64",
         "os": "linux",
@@ -147,7 +152,8 @@ fn image_descriptor(manifest: &[u8]) -> Descriptor {
 /// The manifest and configuration of an image in the store.
 pub fn read(store: &Store, digest: &Digest) -> Result<(Manifest, Config)> {
     let bytes = store.read(digest)?;
-    let manifest: Manifest = serde_json::from_slice(&bytes).map_err(|error| Problem::failed(format!("{digest} is not an image manifest: {error}")))?;
+    let manifest: Manifest =
+        serde_json::from_slice(&bytes).map_err(|error| Problem::failed(format!("{digest} is not an image manifest: {error}")))?;
     let config = serde_json::from_slice(&store.read(&manifest.config.digest)?).context("the image's configuration is broken")?;
     Ok((manifest, config))
 }
@@ -156,7 +162,12 @@ pub fn read(store: &Store, digest: &Digest) -> Result<(Manifest, Config)> {
 pub fn layers(store: &Store, digest: &Digest) -> Result<Vec<Layer>> {
     let (manifest, config) = read(store, digest)?;
     if manifest.layers.len() != config.rootfs.diff_ids.len() {
-        return Err(Problem::failed(format!("image {digest} names {} layers and {} diff ids", manifest.layers.len(), config.rootfs.diff_ids.len())).into());
+        return Err(Problem::failed(format!(
+            "image {digest} names {} layers and {} diff ids",
+            manifest.layers.len(),
+            config.rootfs.diff_ids.len()
+        ))
+        .into());
     }
     let pairs = manifest.layers.into_iter().zip(config.rootfs.diff_ids);
     Ok(pairs.map(|(descriptor, diff_id)| Layer { descriptor, diff_id, created_by: "base image".into() }).collect())
@@ -164,7 +175,10 @@ pub fn layers(store: &Store, digest: &Digest) -> Result<Vec<Layer>> {
 
 /// RFC 3339 in UTC.
 pub fn timestamp(seconds: i64) -> Result<String> {
-    Ok(jiff::Timestamp::from_second(seconds).with_context(|| format!("{seconds} is no time"))?.strftime("%Y-%m-%dT%H:%M:%SZ").to_string())
+    Ok(jiff::Timestamp::from_second(seconds)
+        .with_context(|| format!("{seconds} is no time"))?
+        .strftime("%Y-%m-%dT%H:%M:%SZ")
+        .to_string())
 }
 
 /// The value with every object's keys sorted, whatever features serde_json was built with.
@@ -186,7 +200,11 @@ mod tests {
     #[test]
     fn bytes_are_pinned() {
         let digest = Digest::of(b"layer");
-        let layer = Layer { descriptor: Descriptor::new("application/vnd.oci.image.layer.v1.tar+zstd", digest, 5), diff_id: digest, created_by: "base".into() };
+        let layer = Layer {
+            descriptor: Descriptor::new("application/vnd.oci.image.layer.v1.tar+zstd", digest, 5),
+            diff_id: digest,
+            created_by: "base".into(),
+        };
         let config = RunConfig { user: "1001:0".into(), env: Some(vec!["A=b".into()]), ..RunConfig::default() };
         let recipe = Recipe { config, layers: vec![layer], annotations: BTreeMap::from([("a".into(), "b".into())]), created: 0 };
         let (config, manifest) = encode(&recipe).unwrap();

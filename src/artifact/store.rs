@@ -87,7 +87,8 @@ impl Lock {
     /// Waits for the lock on `path`, which is made when missing.
     pub fn wait(path: &Path, hold: Hold) -> Result<Self> {
         let file = open_lock(path)?;
-        let operation = if hold == Hold::Shared { rustix::fs::FlockOperation::LockShared } else { rustix::fs::FlockOperation::LockExclusive };
+        let operation =
+            if hold == Hold::Shared { rustix::fs::FlockOperation::LockShared } else { rustix::fs::FlockOperation::LockExclusive };
         loop {
             match rustix::fs::flock(&file, operation) {
                 Ok(()) => return Ok(Self { _file: file }),
@@ -100,8 +101,11 @@ impl Lock {
     /// The lock, or `None` when somebody else holds it.
     pub fn try_now(path: &Path, hold: Hold) -> Result<Option<Self>> {
         let file = open_lock(path)?;
-        let operation =
-            if hold == Hold::Shared { rustix::fs::FlockOperation::NonBlockingLockShared } else { rustix::fs::FlockOperation::NonBlockingLockExclusive };
+        let operation = if hold == Hold::Shared {
+            rustix::fs::FlockOperation::NonBlockingLockShared
+        } else {
+            rustix::fs::FlockOperation::NonBlockingLockExclusive
+        };
         match rustix::fs::flock(&file, operation) {
             Ok(()) => Ok(Some(Self { _file: file })),
             Err(rustix::io::Errno::WOULDBLOCK) => Ok(None),
@@ -112,7 +116,8 @@ impl Lock {
 
 fn open_lock(path: &Path) -> Result<std::fs::File> {
     let flags = rustix::fs::OFlags::RDWR | rustix::fs::OFlags::CREATE | rustix::fs::OFlags::CLOEXEC;
-    let fd = rustix::fs::open(path, flags, rustix::fs::Mode::from_raw_mode(0o600)).with_context(|| format!("cannot open lock `{}`", path.display()))?;
+    let fd = rustix::fs::open(path, flags, rustix::fs::Mode::from_raw_mode(0o600))
+        .with_context(|| format!("cannot open lock `{}`", path.display()))?;
     Ok(fd.into())
 }
 
@@ -189,7 +194,18 @@ impl Store {
     }
 
     fn create(&self) -> Result<()> {
-        for dir in ["store/blobs/sha256", "store/.tmp", "cache/steps", "cache/trees", "cache/work", "cache/listings", "cache/stat", "cache/debs", "cache/git", "cache/snapshots"] {
+        for dir in [
+            "store/blobs/sha256",
+            "store/.tmp",
+            "cache/steps",
+            "cache/trees",
+            "cache/work",
+            "cache/listings",
+            "cache/stat",
+            "cache/debs",
+            "cache/git",
+            "cache/snapshots",
+        ] {
             fs_err::create_dir_all(self.root.join(dir))?;
         }
         for dir in ["builds", "logs"] {
@@ -241,7 +257,9 @@ impl Store {
     /// A small blob, with its digest checked.
     pub fn read(&self, digest: &Digest) -> Result<Vec<u8>> {
         let bytes = fs_err::read(self.blob(digest)).map_err(|error| match error.kind() {
-            std::io::ErrorKind::NotFound => anyhow::Error::from(Problem::failed(format!("blob {digest} is not in the store")).hint("build or pull it again")),
+            std::io::ErrorKind::NotFound => {
+                anyhow::Error::from(Problem::failed(format!("blob {digest} is not in the store")).hint("build or pull it again"))
+            }
             _ => error.into(),
         })?;
         let found = Digest::of(&bytes);
@@ -284,7 +302,10 @@ impl Store {
     pub fn temp(&self) -> Result<tempfile::NamedTempFile> {
         fault::point("create a temporary blob");
         let dir = self.layout().join(".tmp");
-        tempfile::Builder::new().prefix("blob-").tempfile_in(&dir).with_context(|| format!("cannot make a file in `{}`", dir.display()))
+        tempfile::Builder::new()
+            .prefix("blob-")
+            .tempfile_in(&dir)
+            .with_context(|| format!("cannot make a file in `{}`", dir.display()))
     }
 
     /// Makes a written temporary file the blob `digest`.
@@ -319,7 +340,9 @@ impl Store {
             Err(error) => return Err(error.into()),
         };
         serde_json::from_slice(&bytes).map_err(|error| {
-            Problem::failed(format!("`{}` is broken: {error}", path.display())).hint("the blobs are intact: move the file away and build again, which tags them anew").into()
+            Problem::failed(format!("`{}` is broken: {error}", path.display()))
+                .hint("the blobs are intact: move the file away and build again, which tags them anew")
+                .into()
         })
     }
 
@@ -329,7 +352,11 @@ impl Store {
 
     /// What a tag points at.
     pub fn tagged(&self, tag: &str) -> Result<Option<Descriptor>> {
-        Ok(self.index()?.manifests.into_iter().find(|descriptor| descriptor.annotations.get(REF_NAME).is_some_and(|name| name == tag)))
+        Ok(self
+            .index()?
+            .manifests
+            .into_iter()
+            .find(|descriptor| descriptor.annotations.get(REF_NAME).is_some_and(|name| name == tag)))
     }
 
     /// Points `tag` at a manifest that is in the store.
@@ -367,7 +394,9 @@ impl Store {
         let path = self.state("hmac.key");
         match fs_err::read(&path) {
             Ok(key) if key.len() == 32 => return Ok(key),
-            Ok(_) => anyhow::bail!(Problem::failed(format!("`{}` is broken", path.display())).hint("remove it; steps with secrets run again")),
+            Ok(_) => anyhow::bail!(
+                Problem::failed(format!("`{}` is broken", path.display())).hint("remove it; steps with secrets run again")
+            ),
             Err(error) if error.kind() == std::io::ErrorKind::NotFound => {}
             Err(error) => return Err(error.into()),
         }
@@ -395,25 +424,34 @@ fn check_format(root: &Path, text: &str) -> Result<()> {
     }
     let version: u32 = text.trim().parse().unwrap_or(u32::MAX);
     if version > VERSION {
-        return Err(Problem::usage(format!("the store `{}` has format {}, newer than this program's {VERSION}", root.display(), text.trim()))
-            .hint("use the newer pipeline, or another store with `--root DIR`")
-            .into());
+        return Err(Problem::usage(format!(
+            "the store `{}` has format {}, newer than this program's {VERSION}",
+            root.display(),
+            text.trim()
+        ))
+        .hint("use the newer pipeline, or another store with `--root DIR`")
+        .into());
     }
     Ok(())
 }
 
 fn corrupt(expected: &Digest, found: &Digest) -> Problem {
-    Problem::failed(format!("blob {expected} is corrupt: its bytes have the digest {found}")).hint("build or pull it again; it is replaced then")
+    Problem::failed(format!("blob {expected} is corrupt: its bytes have the digest {found}"))
+        .hint("build or pull it again; it is replaced then")
 }
 
 /// Writes a file whole: temporary name, fsync, rename, fsync of the folder.
 pub fn write_atomic(path: &Path, bytes: &[u8]) -> Result<()> {
     let dir = path.parent().context("a file in a folder")?;
     fault::point("create a temporary file");
-    let mut temp =
-        tempfile::Builder::new().prefix(".tmp-").tempfile_in(dir).with_context(|| format!("cannot make a file in `{}`", dir.display()))?;
+    let mut temp = tempfile::Builder::new()
+        .prefix(".tmp-")
+        .tempfile_in(dir)
+        .with_context(|| format!("cannot make a file in `{}`", dir.display()))?;
     temp.as_file().set_permissions(std::fs::Permissions::from_mode(0o644))?;
-    temp.write_all(bytes).and_then(|()| temp.as_file().sync_all()).with_context(|| format!("cannot write `{}`", path.display()))?;
+    temp.write_all(bytes)
+        .and_then(|()| temp.as_file().sync_all())
+        .with_context(|| format!("cannot write `{}`", path.display()))?;
     fault::point("rename a file");
     temp.persist(path).map_err(|error| error.error).with_context(|| format!("cannot write `{}`", path.display()))?;
     sync_dir(dir)
@@ -424,8 +462,10 @@ pub fn write_atomic(path: &Path, bytes: &[u8]) -> Result<()> {
 pub fn write_cache(path: &Path, bytes: &[u8]) -> Result<()> {
     let dir = path.parent().context("a file in a folder")?;
     fault::point("create a temporary cache file");
-    let mut temp =
-        tempfile::Builder::new().prefix(".tmp-").tempfile_in(dir).with_context(|| format!("cannot make a file in `{}`", dir.display()))?;
+    let mut temp = tempfile::Builder::new()
+        .prefix(".tmp-")
+        .tempfile_in(dir)
+        .with_context(|| format!("cannot make a file in `{}`", dir.display()))?;
     temp.write_all(bytes).with_context(|| format!("cannot write `{}`", path.display()))?;
     fault::point("rename a cache file");
     temp.persist(path).map_err(|error| error.error).with_context(|| format!("cannot write `{}`", path.display()))?;

@@ -100,10 +100,10 @@ pub fn packages_on_image(pipeline: &Pipeline, builder: Option<&super::builder::M
 
 /// The archives of a request.
 pub fn archives(pipeline: &Pipeline, suite: &str) -> Result<Archives> {
-    let suite = crate::config::types::Suite::ALL
-        .into_iter()
-        .find(|known| known.as_str() == suite)
-        .ok_or_else(|| Problem::usage(format!("packages for the suite `{suite}` cannot be installed")).hint("known suites are bookworm, trixie and sid"))?;
+    let suite = crate::config::types::Suite::ALL.into_iter().find(|known| known.as_str() == suite).ok_or_else(|| {
+        Problem::usage(format!("packages for the suite `{suite}` cannot be installed"))
+            .hint("known suites are bookworm, trixie and sid")
+    })?;
     match &pipeline.base {
         Base::Debian(Debian { mirror, security_mirror, repositories, .. }) => {
             Archives::new(suite, mirror.as_deref(), security_mirror.as_deref(), repositories)
@@ -153,7 +153,14 @@ pub fn below<'a>(lock: &'a Lock, request: &Request) -> Vec<&'a Set> {
 
 /// Makes sure that every package of the steps that will run is in the cache; what the archives no
 /// longer have is resolved anew when `update_missing` says so. Answers whether the lock moved.
-pub fn fetch_all(build: &Build<'_>, pipeline: &Pipeline, requests: &[SetRequest], lock: &mut Lock, update_missing: bool, installed: &str) -> Result<bool> {
+pub fn fetch_all(
+    build: &Build<'_>,
+    pipeline: &Pipeline,
+    requests: &[SetRequest],
+    lock: &mut Lock,
+    update_missing: bool,
+    installed: &str,
+) -> Result<bool> {
     let debs = build.debs();
     for wanted in requests {
         let key = wanted.request.key();
@@ -165,7 +172,11 @@ pub fn fetch_all(build: &Build<'_>, pipeline: &Pipeline, requests: &[SetRequest]
         let mut apt = Apt::open(&archives(pipeline, &set.request.suite)?, &debs)?;
         let update = apt.update_missing(set, &gone.packages, &status, &now(build)?, &debs)?;
         let how = if update.everything { "; the rest did not fit, so all of the set was resolved anew" } else { "" };
-        build.progress.warn(format!("{} locked packages are no longer in the archive and were resolved anew{how}: {}", gone.packages.len(), changes(&update.changes)));
+        build.progress.warn(format!(
+            "{} locked packages are no longer in the archive and were resolved anew{how}: {}",
+            gone.packages.len(),
+            changes(&update.changes)
+        ));
         lock.sets.insert(key, update.set);
         return Ok(true);
     }
@@ -174,7 +185,9 @@ pub fn fetch_all(build: &Build<'_>, pipeline: &Pipeline, requests: &[SetRequest]
 
 /// `name old → new`, for people.
 pub fn changes(changes: &[PackageChange]) -> String {
-    let row = |change: &PackageChange| format!("{} {} → {}", change.name, change.old.as_deref().unwrap_or("none"), change.new.as_deref().unwrap_or("none"));
+    let row = |change: &PackageChange| {
+        format!("{} {} → {}", change.name, change.old.as_deref().unwrap_or("none"), change.new.as_deref().unwrap_or("none"))
+    };
     changes.iter().map(row).collect::<Vec<_>>().join(", ")
 }
 
@@ -228,7 +241,8 @@ pub fn registry(build: &Build<'_>) -> Result<Registry> {
     let host = build.host;
     let variable = |name: &str| host.variables.get(name).or_else(|| host.variables.get(&name.to_uppercase())).cloned();
     let home = host.home.clone();
-    let docker = host.variables.get("DOCKER_CONFIG").map(PathBuf::from).or_else(|| home.as_ref().map(|home| home.join(".docker")));
+    let docker =
+        host.variables.get("DOCKER_CONFIG").map(PathBuf::from).or_else(|| home.as_ref().map(|home| home.join(".docker")));
     let mut auth_files: Vec<PathBuf> = host.variables.get("REGISTRY_AUTH_FILE").map(PathBuf::from).into_iter().collect();
     auth_files.extend(host.variables.get("XDG_RUNTIME_DIR").map(|dir| Path::new(dir).join("containers/auth.json")));
     auth_files.extend(home.as_ref().map(|home| home.join(".config/containers/auth.json")));
@@ -238,7 +252,11 @@ pub fn registry(build: &Build<'_>) -> Result<Registry> {
         helper_path: host.path.clone(),
         insecure: Vec::new(),
         ca_bundle: host.variables.get("SSL_CERT_FILE").map(PathBuf::from),
-        proxy: crate::oci::registry::Proxy { https: variable("https_proxy"), http: variable("http_proxy"), exceptions: variable("no_proxy") },
+        proxy: crate::oci::registry::Proxy {
+            https: variable("https_proxy"),
+            http: variable("http_proxy"),
+            exceptions: variable("no_proxy"),
+        },
     })
 }
 
@@ -269,8 +287,12 @@ impl BlobSink for Sink<'_> {
 /// Takes an image out of an OCI layout into the store.
 fn oci_layout(store: &Store, layout: &Path, tag: Option<&str>) -> Result<BaseImage> {
     let shown = layout.display();
-    let bytes = fs_err::read(layout.join("index.json")).with_context(|| Problem::usage(format!("`{shown}` is not an OCI image layout")).hint("`base.oci` is a folder with `oci-layout` and `index.json`"))?;
-    let index: Index = serde_json::from_slice(&bytes).with_context(|| Problem::failed(format!("`{shown}/index.json` is broken")))?;
+    let bytes = fs_err::read(layout.join("index.json")).with_context(|| {
+        Problem::usage(format!("`{shown}` is not an OCI image layout"))
+            .hint("`base.oci` is a folder with `oci-layout` and `index.json`")
+    })?;
+    let index: Index =
+        serde_json::from_slice(&bytes).with_context(|| Problem::failed(format!("`{shown}/index.json` is broken")))?;
     let names: Vec<String> = index.manifests.iter().filter_map(|entry| entry.annotations.get(REF_NAME).cloned()).collect();
     let entry = match tag {
         Some(tag) => index.manifests.iter().find(|entry| entry.annotations.get(REF_NAME).is_some_and(|name| name == tag)),
@@ -282,7 +304,11 @@ fn oci_layout(store: &Store, layout: &Path, tag: Option<&str>) -> Result<BaseIma
             Some(tag) => format!("the layout `{shown}` has no image `{tag}`"),
             None => format!("the layout `{shown}` holds {} images", index.manifests.len()),
         });
-        if names.is_empty() { problem } else { problem.hint(format!("write one of `{shown}:{}`", names.join(&format!("`, `{shown}:")))) }
+        if names.is_empty() {
+            problem
+        } else {
+            problem.hint(format!("write one of `{shown}:{}`", names.join(&format!("`, `{shown}:"))))
+        }
     })?;
     let blob = |digest: &Digest| layout.join("blobs/sha256").join(digest.hex());
     let take = |digest: &Digest, size: u64| -> Result<()> {
@@ -295,7 +321,11 @@ fn oci_layout(store: &Store, layout: &Path, tag: Option<&str>) -> Result<BaseIma
     for layer in &manifest.layers {
         take(&layer.digest, layer.size)?;
     }
-    Ok(BaseImage { name: tag.map_or_else(|| "oci layout".into(), String::from), pinned: entry.digest, manifest: Some(entry.digest) })
+    Ok(BaseImage {
+        name: tag.map_or_else(|| "oci layout".into(), String::from),
+        pinned: entry.digest,
+        manifest: Some(entry.digest),
+    })
 }
 
 /// The dpkg status and the suite of an image or tar base.
@@ -308,13 +338,17 @@ pub fn installed(build: &Build<'_>, session: &crate::sandbox::Session, layers: &
     };
     let mut status = read("var/lib/dpkg/status")?;
     if status.is_empty() {
-        return Err(Problem::usage("the base has no dpkg, so no `packages:` can be installed on it").hint("use `base: {debian: …}`, or an image made from Debian").into());
+        return Err(Problem::usage("the base has no dpkg, so no `packages:` can be installed on it")
+            .hint("use `base: {debian: …}`, or an image made from Debian")
+            .into());
     }
     if !status.ends_with("\n\n") {
         status.push('\n');
     }
     let release = read("usr/lib/os-release")?;
-    let suite = mirrors::suite_of(&release)
-        .ok_or_else(|| Problem::usage("the base is not a Debian suite whose packages are known").hint("known suites are bookworm, trixie and sid"))?;
+    let suite = mirrors::suite_of(&release).ok_or_else(|| {
+        Problem::usage("the base is not a Debian suite whose packages are known")
+            .hint("known suites are bookworm, trixie and sid")
+    })?;
     Ok((status, suite.to_string()))
 }

@@ -476,7 +476,8 @@ port: 8080
             (11, "unknown key `script`"),
         ];
         assert_eq!(found, expected.map(|(line, message)| (line, message.to_owned())));
-        let empty = parse(Path::new("x"), "name: x\nsummary: S\ndetect: { any: [] }\ndependencies: { inputs: [] }\n").unwrap_err();
+        let empty =
+            parse(Path::new("x"), "name: x\nsummary: S\ndetect: { any: [] }\ndependencies: { inputs: [] }\n").unwrap_err();
         let found: Vec<(usize, &str)> = empty.iter().map(|found| (found.line, found.message.as_str())).collect();
         assert_eq!(found, [(3, "at least one file is named here"), (4, "at least one file is named here")]);
     }

@@ -56,7 +56,11 @@ pub fn explain(store: &Store, prepared: &Prepared, steps: &[Step], found: &[Opti
     if next || builds.is_empty() {
         for (step, found) in steps.iter().zip(found) {
             let state = if found.is_some() { State::Cached } else { State::WillRun };
-            let changes = if found.is_some() { vec![] } else { differences(store, &current, builds.last(), &step.name, &step.ingredients)? };
+            let changes = if found.is_some() {
+                vec![]
+            } else {
+                differences(store, &current, builds.last(), &step.name, &step.ingredients)?
+            };
             explained.push(Explained { step: step.name.clone(), state, changes });
         }
     } else if let Some(last) = builds.last() {
@@ -82,10 +86,19 @@ pub fn because(store: &Store, prepared: &Prepared, step: &Step) -> Result<String
 }
 
 /// What is different from the step of that name in an earlier build.
-fn differences(store: &Store, current: &[(Digest, &Listing)], before: Option<&BuildRecord>, name: &str, now: &[Ingredient]) -> Result<Vec<String>> {
+fn differences(
+    store: &Store,
+    current: &[(Digest, &Listing)],
+    before: Option<&BuildRecord>,
+    name: &str,
+    now: &[Ingredient],
+) -> Result<Vec<String>> {
     let Some(before) = before else { return Ok(vec!["it was never built".into()]) };
-    let Some(before): Option<&BuiltStep> = before.steps.iter().find(|step| step.step == name) else { return Ok(vec!["the step is new".into()]) };
-    let old: BTreeMap<&str, &Ingredient> = before.ingredients.iter().map(|ingredient| (ingredient.name.as_str(), ingredient)).collect();
+    let Some(before): Option<&BuiltStep> = before.steps.iter().find(|step| step.step == name) else {
+        return Ok(vec!["the step is new".into()]);
+    };
+    let old: BTreeMap<&str, &Ingredient> =
+        before.ingredients.iter().map(|ingredient| (ingredient.name.as_str(), ingredient)).collect();
     let new: BTreeMap<&str, &Ingredient> = now.iter().map(|ingredient| (ingredient.name.as_str(), ingredient)).collect();
     let mut told = Vec::new();
     let names: std::collections::BTreeSet<&str> = old.keys().chain(new.keys()).copied().collect();
@@ -111,14 +124,29 @@ fn changed(name: &str, old: &str, new: &str) -> String {
     if name.starts_with("package ") {
         let version = |value: &str| value.split(' ').next().unwrap_or_default().to_string();
         let (old, new) = (version(old), version(new));
-        return if old == new { format!("{} has other bytes", quoted(name)) } else { format!("{} {old} → {new}", quoted(name)) };
+        return if old == new {
+            format!("{} has other bytes", quoted(name))
+        } else {
+            format!("{} {old} → {new}", quoted(name))
+        };
     }
-    if name.starts_with("variable ") || name.starts_with("builder variable ") || name.starts_with("s2i variable ") || name == "network" || name == "compression" || name == "limits" || name == "suite" {
-        let shown = |value: &str| value.split_once(':').filter(|_| name.contains("variable")).map_or(value, |(_, value)| value).to_string();
+    if name.starts_with("variable ")
+        || name.starts_with("builder variable ")
+        || name.starts_with("s2i variable ")
+        || name == "network"
+        || name == "compression"
+        || name == "limits"
+        || name == "suite"
+    {
+        let shown = |value: &str| {
+            value.split_once(':').filter(|_| name.contains("variable")).map_or(value, |(_, value)| value).to_string()
+        };
         return format!("{} changed from `{}` to `{}`", quoted(name), shown(old), shown(new));
     }
     if name == "date" {
-        let date = |value: &str| value.parse().ok().and_then(|seconds| crate::artifact::image::timestamp(seconds).ok()).unwrap_or_default();
+        let date = |value: &str| {
+            value.parse().ok().and_then(|seconds| crate::artifact::image::timestamp(seconds).ok()).unwrap_or_default()
+        };
         return format!("date changed from {} to {}", date(old), date(new));
     }
     format!("{} changed", quoted(name))
@@ -127,7 +155,12 @@ fn changed(name: &str, old: &str, new: &str) -> String {
 /// ``package `python3` ``: the kind in words, the name in backticks.
 fn quoted(name: &str) -> String {
     match name.rsplit_once(' ') {
-        Some((kind, name)) if ["package", "variable", "builder variable", "s2i variable", "builder script", "secret", "playbook", "image"].contains(&kind) => format!("{kind} `{name}`"),
+        Some((kind, name))
+            if ["package", "variable", "builder variable", "s2i variable", "builder script", "secret", "playbook", "image"]
+                .contains(&kind) =>
+        {
+            format!("{kind} `{name}`")
+        }
         _ => name.to_string(),
     }
 }
@@ -159,10 +192,32 @@ mod tests {
     fn differences_are_named() {
         let dir = tempfile::tempdir().unwrap();
         let store = Store::open(dir.path()).unwrap();
-        let old = vec![ingredient("variable MODE", "1:a"), ingredient("package python3", "3.13.1 aa"), ingredient("builder script assemble", "x"), ingredient("step base", "1"), ingredient("variable OLD", "0:")];
-        let step = BuiltStep { step: "application".into(), key: Digest::of(b""), ingredients: old.clone(), ran: true, seconds: 0.0 };
-        let before = BuildRecord { version: 1, pipeline: "p".into(), number: 1, digest: Digest::of(b""), time: 0, head: None, changed: 0, steps: vec![step] };
-        let new = vec![ingredient("variable MODE", "2:bc"), ingredient("package python3", "3.13.2 bb"), ingredient("builder script assemble", "y"), ingredient("step base", "2"), ingredient("variable NEW", "0:")];
+        let old = vec![
+            ingredient("variable MODE", "1:a"),
+            ingredient("package python3", "3.13.1 aa"),
+            ingredient("builder script assemble", "x"),
+            ingredient("step base", "1"),
+            ingredient("variable OLD", "0:"),
+        ];
+        let step =
+            BuiltStep { step: "application".into(), key: Digest::of(b""), ingredients: old.clone(), ran: true, seconds: 0.0 };
+        let before = BuildRecord {
+            version: 1,
+            pipeline: "p".into(),
+            number: 1,
+            digest: Digest::of(b""),
+            time: 0,
+            head: None,
+            changed: 0,
+            steps: vec![step],
+        };
+        let new = vec![
+            ingredient("variable MODE", "2:bc"),
+            ingredient("package python3", "3.13.2 bb"),
+            ingredient("builder script assemble", "y"),
+            ingredient("step base", "2"),
+            ingredient("variable NEW", "0:"),
+        ];
         let told = differences(&store, &[], Some(&before), "application", &new).unwrap();
         assert_eq!(
             told,
@@ -175,7 +230,10 @@ mod tests {
                 "step `base` below it changed",
             ]
         );
-        assert_eq!(differences(&store, &[], Some(&before), "application", &old).unwrap(), ["its result is no longer in the store"]);
+        assert_eq!(
+            differences(&store, &[], Some(&before), "application", &old).unwrap(),
+            ["its result is no longer in the store"]
+        );
         assert_eq!(differences(&store, &[], Some(&before), "other", &old).unwrap(), ["the step is new"]);
         assert_eq!(differences(&store, &[], None, "application", &old).unwrap(), ["it was never built"]);
     }

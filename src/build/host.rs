@@ -9,13 +9,36 @@ use crate::sandbox::Mount;
 /// Where the CA bundle of this machine is while a step runs.
 const CA: &str = "/run/pipeline/ca.crt";
 /// Variables that name a CA bundle, one for each kind of client that wants its own.
-const CA_VARIABLES: [&str; 8] =
-    ["SSL_CERT_FILE", "CURL_CA_BUNDLE", "REQUESTS_CA_BUNDLE", "PIP_CERT", "NODE_EXTRA_CA_CERTS", "npm_config_cafile", "CARGO_HTTP_CAINFO", "GIT_SSL_CAINFO"];
+const CA_VARIABLES: [&str; 8] = [
+    "SSL_CERT_FILE",
+    "CURL_CA_BUNDLE",
+    "REQUESTS_CA_BUNDLE",
+    "PIP_CERT",
+    "NODE_EXTRA_CA_CERTS",
+    "npm_config_cafile",
+    "CARGO_HTTP_CAINFO",
+    "GIT_SSL_CAINFO",
+];
 /// Variables of this machine that tell clients where to go: given to steps, never a part of a
 /// key or an image.
 pub const TRUSTED_VARIABLES: [&str; 17] = [
-    "http_proxy", "https_proxy", "ftp_proxy", "all_proxy", "no_proxy", "HTTP_PROXY", "HTTPS_PROXY", "FTP_PROXY", "ALL_PROXY", "NO_PROXY",
-    "PIP_INDEX_URL", "PIP_EXTRA_INDEX_URL", "PIP_TRUSTED_HOST", "PIP_DEFAULT_TIMEOUT", "npm_config_registry", "NPM_CONFIG_REGISTRY", "UV_INDEX_URL",
+    "http_proxy",
+    "https_proxy",
+    "ftp_proxy",
+    "all_proxy",
+    "no_proxy",
+    "HTTP_PROXY",
+    "HTTPS_PROXY",
+    "FTP_PROXY",
+    "ALL_PROXY",
+    "NO_PROXY",
+    "PIP_INDEX_URL",
+    "PIP_EXTRA_INDEX_URL",
+    "PIP_TRUSTED_HOST",
+    "PIP_DEFAULT_TIMEOUT",
+    "npm_config_registry",
+    "NPM_CONFIG_REGISTRY",
+    "UV_INDEX_URL",
 ];
 /// Where distributions keep the bundle of all trusted CAs.
 pub const CA_BUNDLES: [&str; 3] = ["/etc/ssl/certs/ca-certificates.crt", "/etc/pki/tls/certs/ca-bundle.crt", "/etc/ssl/cert.pem"];
@@ -63,6 +86,8 @@ impl Host {
 pub fn name_service() -> Vec<Mount> {
     ["/etc/resolv.conf", "/etc/hosts"]
         .iter()
-        .filter_map(|path| Some(Mount::Bind { source: fs_err::canonicalize(path).ok()?, target: Path::new(path).into(), writable: false }))
+        .filter_map(|path| {
+            Some(Mount::Bind { source: fs_err::canonicalize(path).ok()?, target: Path::new(path).into(), writable: false })
+        })
         .collect()
 }

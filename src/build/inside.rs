@@ -142,7 +142,8 @@ fn unpack_blob(args: &Unpack) -> Result<Unpacked> {
     fs_err::set_permissions(&args.to, std::fs::Permissions::from_mode(0o755))?;
     fault::point("unpack a layer");
     let result = {
-        let mut plain = Digesting { inner: compression.reader(BufReader::with_capacity(256 << 10, &mut blob))?, hasher: Hasher::new() };
+        let mut plain =
+            Digesting { inner: compression.reader(BufReader::with_capacity(256 << 10, &mut blob))?, hasher: Hasher::new() };
         let result = unpack(&mut plain, &args.to);
         // What follows the end of the archive belongs to the digests too.
         if result.is_ok() {
@@ -154,11 +155,15 @@ fn unpack_blob(args: &Unpack) -> Result<Unpacked> {
     std::io::copy(&mut blob, &mut std::io::sink()).with_context(|| format!("cannot read `{}`", args.blob.display()))?;
     let found = blob.hasher.finish();
     if let Some(expected) = args.digest.filter(|expected| *expected != found) {
-        return Err(Problem::failed(format!("blob {expected} is corrupt: its bytes have the digest {found}")).hint("build or pull it again; it is replaced then").into());
+        return Err(Problem::failed(format!("blob {expected} is corrupt: its bytes have the digest {found}"))
+            .hint("build or pull it again; it is replaced then")
+            .into());
     }
     let (unpacked, plain) = result?;
     if let Some(expected) = args.diff_id.filter(|expected| *expected != plain) {
-        return Err(Problem::failed(format!("layer {} unpacks to {plain}, and its image says {expected}", args.blob.display())).into());
+        return Err(
+            Problem::failed(format!("layer {} unpacks to {plain}, and its image says {expected}", args.blob.display())).into()
+        );
     }
     Ok(unpacked)
 }
@@ -208,7 +213,8 @@ fn pack(args: &Pack) -> Result<PackedLayer> {
     }
     fault::point("pack a layer");
     let out = fs_err::OpenOptions::new().write(true).truncate(true).open(&args.out)?;
-    let values: Vec<secret::Value> = args.secrets.iter().map(|(id, bytes)| secret::Value { id: id.clone(), bytes: bytes.clone() }).collect();
+    let values: Vec<secret::Value> =
+        args.secrets.iter().map(|(id, bytes)| secret::Value { id: id.clone(), bytes: bytes.clone() }).collect();
     let finder = secret::Finder::new(&values)?;
     let mut checks = Checks { secrets: secret::Scan::new(&finder), refuse_identities: args.refuse_identities };
     let mut writer = LayerWriter::new(out, args.compression, args.threads);
@@ -316,7 +322,12 @@ fn volume(args: &Volume) -> Result<()> {
     let relative = args.path.strip_prefix("/").unwrap_or(&args.path);
     fs_err::create_dir(&args.dir)?;
     fs_err::set_permissions(&args.dir, std::fs::Permissions::from_mode(0o755))?;
-    let in_image: Vec<PathBuf> = args.lowers.iter().map(|lower| lower.join(relative)).filter(|path| path.symlink_metadata().is_ok_and(|meta| meta.is_dir())).collect();
+    let in_image: Vec<PathBuf> = args
+        .lowers
+        .iter()
+        .map(|lower| lower.join(relative))
+        .filter(|path| path.symlink_metadata().is_ok_and(|meta| meta.is_dir()))
+        .collect();
     let Some(top) = in_image.last() else {
         let (uid, gid) = crate::sandbox::launch::ids(&args.user, &args.lowers)?;
         return Ok(fs_err::os::unix::fs::chown(&args.dir, Some(uid), Some(gid))?);
@@ -332,7 +343,12 @@ fn volume(args: &Volume) -> Result<()> {
                 continue;
             }
             let status = Cmd::new("cp").args(["-a", "--"]).arg(&from).arg(&args.dir).output()?;
-            anyhow::ensure!(status.status.success(), "cannot copy `{}` into a volume: {}", from.display(), String::from_utf8_lossy(&status.stderr));
+            anyhow::ensure!(
+                status.status.success(),
+                "cannot copy `{}` into a volume: {}",
+                from.display(),
+                String::from_utf8_lossy(&status.stderr)
+            );
         }
     }
     Ok(())

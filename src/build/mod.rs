@@ -16,9 +16,9 @@ pub mod lock;
 pub mod plan;
 pub mod prune;
 pub mod record;
+pub mod run;
 pub mod secret;
 pub mod source;
-pub mod run;
 pub mod steps;
 pub mod update;
 pub mod verify;
@@ -75,14 +75,26 @@ impl Build<'_> {
 
     /// Starts an unshare process; where this machine refuses, the checks of `doctor` say why.
     pub fn start_session(&self, own_network: bool, interactive: bool) -> Result<Session> {
-        let options = sandbox::Options { program: self.host.program.clone(), own_network, interactive, fault: self.host.fault_inside };
+        let options =
+            sandbox::Options { program: self.host.program.clone(), own_network, interactive, fault: self.host.fault_inside };
         Session::start(&options).map_err(|error| {
             let uid = rustix::process::geteuid().as_raw();
             let user = sandbox::user_name_of(uid).unwrap_or_else(|| uid.to_string());
-            let env = sandbox::probe::ProbeEnv::new(self.host.path.clone(), uid, user, self.store.root().to_path_buf(), self.host.program.clone());
+            let env = sandbox::probe::ProbeEnv::new(
+                self.host.path.clone(),
+                uid,
+                user,
+                self.store.root().to_path_buf(),
+                self.host.program.clone(),
+            );
             let mut problem = Problem::failed("this machine does not let pipeline make its sandbox");
             for check in sandbox::probe::probe(&env).into_iter().filter(sandbox::probe::Check::blocks) {
-                problem = problem.hint(format!("{}: {}{}", check.name, check.detail, check.fix.map(|fix| format!("; {fix}")).unwrap_or_default()));
+                problem = problem.hint(format!(
+                    "{}: {}{}",
+                    check.name,
+                    check.detail,
+                    check.fix.map(|fix| format!("; {fix}")).unwrap_or_default()
+                ));
             }
             error.context(problem)
         })
@@ -145,7 +157,8 @@ impl Prepared {
 
     fn set_input(&self, step: &str) -> Option<SetInput> {
         let set = self.set(step).ok()?;
-        let packages = set.packages.iter().map(|package| (package.name.clone(), package.version.clone(), package.sha256.hex())).collect();
+        let packages =
+            set.packages.iter().map(|package| (package.name.clone(), package.version.clone(), package.sha256.hex())).collect();
         Some(SetInput { suite: set.request.suite.clone(), packages, epoch: set.epoch() })
     }
 
@@ -220,8 +233,11 @@ pub fn prepare(build: &Build<'_>, pipeline: &Pipeline, locked: bool) -> Result<P
     prepared.secrets = secret::read(&pipeline.build.secrets, &|name| build.host.variables.get(name).cloned())?;
     if !prepared.secrets.is_empty() {
         let key = build.store.hmac_key()?;
-        prepared.fingerprints =
-            prepared.secrets.iter().map(|value| Ok((value.id.clone(), secret::fingerprint(&key, value)?))).collect::<Result<_>>()?;
+        prepared.fingerprints = prepared
+            .secrets
+            .iter()
+            .map(|value| Ok((value.id.clone(), secret::fingerprint(&key, value)?)))
+            .collect::<Result<_>>()?;
     }
     Ok(prepared)
 }
@@ -263,7 +279,9 @@ fn check_suite(pipeline: &Pipeline, builder: Option<&Builder>) -> Result<()> {
         && !builder.meta.suites.contains(&debian.suite)
     {
         let suites: Vec<_> = builder.meta.suites.iter().map(ToString::to_string).collect();
-        return Err(Problem::usage(format!("builder `{}` is not made for `{}`", builder.meta.name, debian.suite)).hint(format!("it is made for {}", suites.join(", "))).into());
+        return Err(Problem::usage(format!("builder `{}` is not made for `{}`", builder.meta.name, debian.suite))
+            .hint(format!("it is made for {}", suites.join(", ")))
+            .into());
     }
     Ok(())
 }
@@ -277,7 +295,12 @@ fn read_requests(build: &Build<'_>, prepared: &mut Prepared) -> Result<String> {
     let mut on_image = None;
     if base::packages_on_image(&pipeline, meta.as_ref()) {
         let digest = prepared.base_image.as_ref().map(|image| image.pinned).or(prepared.tar).context("the digest of the base")?;
-        let known = prepared.lock.sets.values().find(|set| set.request.on.as_deref() == Some(&digest.to_string())).map(|set| set.request.suite.clone());
+        let known = prepared
+            .lock
+            .sets
+            .values()
+            .find(|set| set.request.on.as_deref() == Some(&digest.to_string()))
+            .map(|set| set.request.suite.clone());
         let suite = match known {
             Some(suite) => suite,
             None => {
@@ -288,7 +311,8 @@ fn read_requests(build: &Build<'_>, prepared: &mut Prepared) -> Result<String> {
         };
         on_image = Some((digest, suite));
     }
-    prepared.requests = base::requests(&pipeline, meta.as_ref(), on_image.as_ref().map(|(digest, suite)| (digest, suite.as_str())));
+    prepared.requests =
+        base::requests(&pipeline, meta.as_ref(), on_image.as_ref().map(|(digest, suite)| (digest, suite.as_str())));
     Ok(installed)
 }
 
@@ -307,7 +331,8 @@ fn resolve_sets(build: &Build<'_>, prepared: &mut Prepared, locked: bool) -> Res
         if on_image && installed.is_empty() {
             installed = read_base_image(build, prepared)?.0;
         }
-        let set = base::resolve(build, &prepared.pipeline, &wanted.request, &base::below(&prepared.lock, &wanted.request), &installed)?;
+        let set =
+            base::resolve(build, &prepared.pipeline, &wanted.request, &base::below(&prepared.lock, &wanted.request), &installed)?;
         prepared.lock.sets.insert(key, set);
     }
     Ok(())
@@ -345,8 +370,12 @@ fn read_source(build: &Build<'_>, prepared: &mut Prepared) -> Result<()> {
     let (root, checkout) = match &prepared.pipeline.source {
         Source::Path(path) => (path.clone(), None),
         Source::Git { url, reference, dir, submodules } => {
-            let ssh_keys: Vec<PathBuf> =
-                build.host.home.iter().flat_map(|home| ["id_ed25519", "id_ecdsa", "id_rsa"].map(|name| home.join(".ssh").join(name))).collect();
+            let ssh_keys: Vec<PathBuf> = build
+                .host
+                .home
+                .iter()
+                .flat_map(|home| ["id_ed25519", "id_ecdsa", "id_rsa"].map(|name| home.join(".ssh").join(name)))
+                .collect();
             let request = source::fetch::Request {
                 url,
                 reference: reference.as_deref(),
@@ -359,7 +388,9 @@ fn read_source(build: &Build<'_>, prepared: &mut Prepared) -> Result<()> {
             let root = dir.as_ref().map_or_else(|| checkout.path.clone(), |dir| checkout.path.join(dir));
             if !root.is_dir() {
                 let dir = dir.as_ref().map(|dir| dir.display().to_string()).unwrap_or_default();
-                return Err(Problem::failed(format!("`{url}` has no folder `{dir}` at {}", checkout.commit)).hint("check `source.dir`").into());
+                return Err(Problem::failed(format!("`{url}` has no folder `{dir}` at {}", checkout.commit))
+                    .hint("check `source.dir`")
+                    .into());
             }
             (root, Some(checkout))
         }
@@ -372,18 +403,24 @@ fn read_source(build: &Build<'_>, prepared: &mut Prepared) -> Result<()> {
     let git_cache = build.store.cache("stat").join(format!("{cache_name}.git"));
     prepared.git = match &checkout {
         Some(checkout) => Some(checkout.state.clone()),
-        None => match source::git::same_commit(&root, &git_cache).filter(|_| !source::git::is_known(&root, &digest, &git_cache)) {
-            Some(state) => {
-                // Only the count of changed files is open, and no key needs it.
-                let (root, cache) = (root.clone(), git_cache.clone());
-                let count = move || Ok(source::git::state(&root, &digest, Some(&cache))?.map_or(0, |state| state.changed));
-                *prepared.counting.get_mut().unwrap_or_else(PoisonError::into_inner) = Some(std::thread::spawn(count));
-                Some(state)
+        None => {
+            match source::git::same_commit(&root, &git_cache).filter(|_| !source::git::is_known(&root, &digest, &git_cache)) {
+                Some(state) => {
+                    // Only the count of changed files is open, and no key needs it.
+                    let (root, cache) = (root.clone(), git_cache.clone());
+                    let count = move || Ok(source::git::state(&root, &digest, Some(&cache))?.map_or(0, |state| state.changed));
+                    *prepared.counting.get_mut().unwrap_or_else(PoisonError::into_inner) = Some(std::thread::spawn(count));
+                    Some(state)
+                }
+                None => source::git::state(&root, &digest, Some(&git_cache))?,
             }
-            None => source::git::state(&root, &digest, Some(&git_cache))?,
-        },
+        }
     };
-    prepared.source_epoch = build.host.source_date_epoch.or_else(|| prepared.git.as_ref().and_then(|git| git.last_commit.as_ref()).map(|commit| commit.time)).unwrap_or(plan::FIXED_EPOCH);
+    prepared.source_epoch = build
+        .host
+        .source_date_epoch
+        .or_else(|| prepared.git.as_ref().and_then(|git| git.last_commit.as_ref()).map(|commit| commit.time))
+        .unwrap_or(plan::FIXED_EPOCH);
     if let Some(dependencies) = prepared.builder.as_ref().and_then(|builder| builder.meta.dependencies.as_ref()) {
         prepared.lock_files = Some(scan.listing.filter(&dependencies.inputs)?);
     }
@@ -405,7 +442,9 @@ fn changed_files(build: &Build<'_>, prepared: &Prepared) -> Result<usize> {
     };
     if changed > 0 {
         let files = if changed == 1 { "1 file differs".to_string() } else { format!("{changed} files differ") };
-        build.progress.warn(format!("the work tree is built as it lies: {files} from commit {}", &git.head[..git.head.len().min(12)]));
+        build
+            .progress
+            .warn(format!("the work tree is built as it lies: {files} from commit {}", &git.head[..git.head.len().min(12)]));
     }
     Ok(changed)
 }
@@ -416,7 +455,9 @@ fn read_s2i_environment(root: &Path) -> Result<BTreeMap<String, String>> {
     let path = root.join(".s2i/environment");
     let text = match fs_err::read_to_string(&path) {
         Ok(text) => text,
-        Err(error) if matches!(error.kind(), std::io::ErrorKind::NotFound | std::io::ErrorKind::NotADirectory) => return Ok(BTreeMap::new()),
+        Err(error) if matches!(error.kind(), std::io::ErrorKind::NotFound | std::io::ErrorKind::NotADirectory) => {
+            return Ok(BTreeMap::new());
+        }
         Err(error) => return Err(error.into()),
     };
     Ok(parse_s2i_environment(&text))
@@ -443,7 +484,10 @@ fn read_configure(prepared: &mut Prepared) -> Result<()> {
                 use std::os::unix::fs::PermissionsExt as _;
                 let executable = fs_err::metadata(path)?.permissions().mode() & 0o100 != 0;
                 let mut hasher = Hasher::new();
-                hasher.field([u8::from(executable)]).field(path.file_name().unwrap_or_default().as_encoded_bytes()).field(fs_err::read(path)?);
+                hasher
+                    .field([u8::from(executable)])
+                    .field(path.file_name().unwrap_or_default().as_encoded_bytes())
+                    .field(fs_err::read(path)?);
                 hasher.finish()
             }
             Configure::Ansible(path) => {
@@ -479,7 +523,8 @@ pub fn build(build: &Build<'_>, pipeline: &Pipeline, options: &Options) -> Resul
     let (mut steps, mut found) = (prepared.plan()?, Vec::new());
     for _ in 0..prepared.requests.len() + 1 {
         found = look_up(build, &steps)?;
-        let run: Vec<&str> = steps.iter().zip(&found).filter(|(_, found)| found.is_none()).map(|(step, _)| step.name.as_str()).collect();
+        let run: Vec<&str> =
+            steps.iter().zip(&found).filter(|(_, found)| found.is_none()).map(|(step, _)| step.name.as_str()).collect();
         let requests: Vec<SetRequest> = prepared.requests.iter().filter(|wanted| run.contains(&wanted.step)).cloned().collect();
         let mut lock = prepared.lock.clone();
         if requests.is_empty() || !base::fetch_all(build, pipeline, &requests, &mut lock, options.update_missing, "")? {
@@ -491,7 +536,11 @@ pub fn build(build: &Build<'_>, pipeline: &Pipeline, options: &Options) -> Resul
     }
     let cached = found.iter().filter(|found| found.is_some()).count();
     tell_age(build, &prepared);
-    build.progress.event(Event::Plan { pipeline: pipeline.name.to_string(), steps: steps.iter().map(|step| step.name.clone()).collect(), cached });
+    build.progress.event(Event::Plan {
+        pipeline: pipeline.name.to_string(),
+        steps: steps.iter().map(|step| step.name.clone()).collect(),
+        cached,
+    });
     let results = if cached == steps.len() {
         sweep_leftovers(build)?;
         found.into_iter().flatten().map(|record| (record, false)).collect()
@@ -508,12 +557,20 @@ pub fn build(build: &Build<'_>, pipeline: &Pipeline, options: &Options) -> Resul
 
 /// Says how old the locked packages are (DESIGN section 7, contract 11).
 fn tell_age(build: &Build<'_>, prepared: &Prepared) {
-    let oldest = prepared.requests.iter().filter_map(|wanted| prepared.lock.sets.get(&wanted.request.key())).map(|set| set.resolved.as_str()).min();
+    let oldest = prepared
+        .requests
+        .iter()
+        .filter_map(|wanted| prepared.lock.sets.get(&wanted.request.key()))
+        .map(|set| set.resolved.as_str())
+        .min();
     let Some(resolved) = oldest.and_then(|date| date.parse::<jiff::Timestamp>().ok()) else { return };
     let days = (build.host.now - resolved.as_second()) / 86_400;
     if days >= 1 {
         let date = resolved.strftime("%Y-%m-%d");
-        build.progress.note(format!("packages as locked on {date}, {days} day{} ago; `pipeline update` moves them", if days == 1 { "" } else { "s" }));
+        build.progress.note(format!(
+            "packages as locked on {date}, {days} day{} ago; `pipeline update` moves them",
+            if days == 1 { "" } else { "s" }
+        ));
     }
 }
 
@@ -538,7 +595,16 @@ fn run_steps(
     let session = build.session(options.shell)?;
     let work = work::Work::take(build.store, options.work_dir.as_deref(), &|path| session.call("remove", &path))?;
     let finder = secret::Finder::new(&prepared.secrets)?;
-    let runner = steps::Runner { store: build.store, session: &session, work: &work, host: build.host, prepared, debs: build.debs(), finder: &finder, shell: options.shell };
+    let runner = steps::Runner {
+        store: build.store,
+        session: &session,
+        work: &work,
+        host: build.host,
+        prepared,
+        debs: build.debs(),
+        finder: &finder,
+        shell: options.shell,
+    };
     let mut results: Vec<(StepRecord, bool)> = Vec::new();
     let mut failed = None;
     for (step, found) in steps.iter().zip(found) {
@@ -566,7 +632,13 @@ fn work_is_alive(session: &Session) -> bool {
     session.call::<_, u64>("size", &Path::new("/proc/self/fdinfo")).is_ok()
 }
 
-fn one_step(build: &Build<'_>, runner: &steps::Runner<'_>, step: &Step, below: &[StepRecord], found: Option<StepRecord>) -> Result<(StepRecord, bool)> {
+fn one_step(
+    build: &Build<'_>,
+    runner: &steps::Runner<'_>,
+    step: &Step,
+    below: &[StepRecord],
+    found: Option<StepRecord>,
+) -> Result<(StepRecord, bool)> {
     let name = step.name.clone();
     if let Some(record) = found {
         build.progress.event(Event::StepEnd { step: name, outcome: Outcome::Cached, seconds: 0.0, bytes: record.bytes() });
@@ -584,27 +656,54 @@ fn one_step(build: &Build<'_>, runner: &steps::Runner<'_>, step: &Step, below: &
     match runner.run(step, below, build.progress) {
         Ok(record) => {
             if !record.dropped.is_empty() {
-                build.progress.warn(format!("step `{name}`: device nodes and sockets do not go into a layer and were left out: {}", record.dropped.join(", ")));
+                build.progress.warn(format!(
+                    "step `{name}`: device nodes and sockets do not go into a layer and were left out: {}",
+                    record.dropped.join(", ")
+                ));
             }
-            build.progress.event(Event::StepEnd { step: name, outcome: Outcome::Ran, seconds: record.seconds, bytes: record.bytes() });
+            build.progress.event(Event::StepEnd {
+                step: name,
+                outcome: Outcome::Ran,
+                seconds: record.seconds,
+                bytes: record.bytes(),
+            });
             Ok((record, true))
         }
         Err(error) => {
-            build.progress.event(Event::StepEnd { step: name.clone(), outcome: Outcome::Failed, seconds: started.elapsed().as_secs_f64(), bytes: 0 });
+            build.progress.event(Event::StepEnd {
+                step: name.clone(),
+                outcome: Outcome::Failed,
+                seconds: started.elapsed().as_secs_f64(),
+                bytes: 0,
+            });
             Err(error)
         }
     }
 }
 
 /// Writes the image, tags it, remembers the build.
-fn finish(build: &Build<'_>, prepared: &Prepared, steps: &[Step], results: Vec<(StepRecord, bool)>, options: &Options, started: Instant) -> Result<Built> {
+fn finish(
+    build: &Build<'_>,
+    prepared: &Prepared,
+    steps: &[Step],
+    results: Vec<(StepRecord, bool)>,
+    options: &Options,
+    started: Instant,
+) -> Result<Built> {
     let records: Vec<StepRecord> = results.iter().map(|(record, _)| record.clone()).collect();
     let recipe = image::recipe(prepared, steps, &records)?;
     refuse_secrets_in_config(prepared, &recipe)?;
     let descriptor: Descriptor = crate::artifact::image::write(build.store, &recipe)?;
     let name = format!("{}:latest", prepared.pipeline.name);
     let changed_files = changed_files(build, prepared)?;
-    let summary = results.iter().map(|(record, ran)| BuiltStepSummary { step: record.step.clone(), key: record.key, ran: *ran, seconds: if *ran { record.seconds } else { 0.0 }, script_seconds: if *ran { record.script_seconds } else { 0.0 }, bytes: record.bytes() });
+    let summary = results.iter().map(|(record, ran)| BuiltStepSummary {
+        step: record.step.clone(),
+        key: record.key,
+        ran: *ran,
+        seconds: if *ran { record.seconds } else { 0.0 },
+        script_seconds: if *ran { record.script_seconds } else { 0.0 },
+        bytes: record.bytes(),
+    });
     let built = Built {
         schema: 1,
         name: name.clone(),
@@ -626,12 +725,21 @@ fn refuse_secrets_in_config(prepared: &Prepared, recipe: &crate::artifact::image
     let finder = secret::Finder::new(&prepared.secrets)?;
     let (config, manifest) = crate::artifact::image::encode(recipe)?;
     match finder.find(&config).or_else(|| finder.find(&manifest)) {
-        Some(id) => Err(Problem::failed(format!("the value of secret `{id}` is in the image's configuration")).hint("take it out of `image.env`, `image.labels` and `image.command`").into()),
+        Some(id) => Err(Problem::failed(format!("the value of secret `{id}` is in the image's configuration"))
+            .hint("take it out of `image.env`, `image.labels` and `image.command`")
+            .into()),
         None => Ok(()),
     }
 }
 
-fn remember(build: &Build<'_>, prepared: &Prepared, steps: &[Step], results: &[(StepRecord, bool)], digest: Digest, changed: usize) -> Result<()> {
+fn remember(
+    build: &Build<'_>,
+    prepared: &Prepared,
+    steps: &[Step],
+    results: &[(StepRecord, bool)],
+    digest: Digest,
+    changed: usize,
+) -> Result<()> {
     for (digest, listing) in prepared.listings() {
         let path = build.store.cache("listings").join(digest.hex());
         if !path.exists() {

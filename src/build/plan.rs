@@ -131,7 +131,9 @@ pub fn plan(inputs: &Inputs<'_>) -> Vec<Step> {
             let name = format!("image {reference}");
             chain.push("base", Action::Image, true, FIXED_EPOCH, vec![plain("content", digest.to_string()), note(&name)]);
         }
-        BaseInput::Tar { digest } => chain.push("base", Action::Tar, true, FIXED_EPOCH, vec![plain("tar file", digest.to_string())]),
+        BaseInput::Tar { digest } => {
+            chain.push("base", Action::Tar, true, FIXED_EPOCH, vec![plain("tar file", digest.to_string())])
+        }
         BaseInput::Scratch => {}
     }
     if let Some(set) = &inputs.packages {
@@ -224,7 +226,8 @@ fn listing(name: &str, digest: Digest) -> Ingredient {
 fn packages(set: &SetInput) -> Vec<Ingredient> {
     let mut ingredients = vec![plain("suite", &set.suite)];
     let rows: BTreeSet<_> = set.packages.iter().collect();
-    ingredients.extend(rows.into_iter().map(|(name, version, sha256)| plain(format!("package {name}"), format!("{version} {sha256}"))));
+    ingredients
+        .extend(rows.into_iter().map(|(name, version, sha256)| plain(format!("package {name}"), format!("{version} {sha256}"))));
     ingredients
 }
 
@@ -234,12 +237,18 @@ fn variables(kind: &str, variables: &BTreeMap<String, String>) -> Vec<Ingredient
 }
 
 fn script(builder: &Builder, name: &str) -> Vec<Ingredient> {
-    builder.scripts.get(name).map(|bytes| plain(format!("builder script {name}"), Digest::of(bytes).to_string())).into_iter().collect()
+    builder
+        .scripts
+        .get(name)
+        .map(|bytes| plain(format!("builder script {name}"), Digest::of(bytes).to_string()))
+        .into_iter()
+        .collect()
 }
 
 /// What every step of the builder's has in its key.
 fn common(inputs: &Inputs<'_>, builder: &Builder) -> Vec<Ingredient> {
-    let mut ingredients = vec![plain("builder scripts folder", &builder.meta.scripts), plain("builder destination", &builder.meta.destination)];
+    let mut ingredients =
+        vec![plain("builder scripts folder", &builder.meta.scripts), plain("builder destination", &builder.meta.destination)];
     ingredients.extend(variables("builder variable", &builder.meta.env));
     ingredients.extend(settings(inputs));
     ingredients

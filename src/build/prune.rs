@@ -52,7 +52,14 @@ pub fn plan(store: &Store, keep: usize, locks: &[lock::Lock]) -> Result<Vec<Unne
         for build in record::builds(store, &name)?.iter().rev().take(keep.max(1)) {
             roots.insert(build.digest);
             keys.extend(build.steps.iter().map(|step| step.key));
-            listings.extend(build.steps.iter().flat_map(|step| &step.ingredients).filter(|i| i.listing).filter_map(|i| Some(i.value.parse::<Digest>().ok()?.hex())));
+            listings.extend(
+                build
+                    .steps
+                    .iter()
+                    .flat_map(|step| &step.ingredients)
+                    .filter(|i| i.listing)
+                    .filter_map(|i| Some(i.value.parse::<Digest>().ok()?.hex())),
+            );
         }
     }
     for root in &roots {
@@ -73,15 +80,26 @@ pub fn plan(store: &Store, keep: usize, locks: &[lock::Lock]) -> Result<Vec<Unne
             kept_records.insert(record.key.hex());
         }
     }
-    let packages: BTreeSet<String> = locks.iter().flat_map(|lock| lock.sets.values()).flat_map(|set| &set.packages).map(|package| package.sha256.hex()).collect();
+    let packages: BTreeSet<String> = locks
+        .iter()
+        .flat_map(|lock| lock.sets.values())
+        .flat_map(|set| &set.packages)
+        .map(|package| package.sha256.hex())
+        .collect();
     let hexes = |digests: &BTreeSet<Digest>| -> BTreeSet<String> { digests.iter().map(Digest::hex).collect() };
     let (blobs, trees) = (hexes(&blobs), hexes(&diff_ids));
     let mut unneeded = Vec::new();
     collect(&mut unneeded, "blob", &store.layout().join("blobs/sha256"), &|name| blobs.contains(name))?;
-    collect(&mut unneeded, "tree", &store.cache("trees"), &|name| name.starts_with('.') || trees.contains(name.trim_end_matches(".lock")))?;
-    collect(&mut unneeded, "step", &store.cache("steps"), &|name| name.starts_with('.') || kept_records.contains(name.split('.').next().unwrap_or(name)))?;
+    collect(&mut unneeded, "tree", &store.cache("trees"), &|name| {
+        name.starts_with('.') || trees.contains(name.trim_end_matches(".lock"))
+    })?;
+    collect(&mut unneeded, "step", &store.cache("steps"), &|name| {
+        name.starts_with('.') || kept_records.contains(name.split('.').next().unwrap_or(name))
+    })?;
     collect(&mut unneeded, "source", &store.cache("listings"), &|name| name.starts_with("pulled-") || listings.contains(name))?;
-    collect(&mut unneeded, "package", &store.cache("debs"), &|name| !is_package(name) || packages.contains(name.split('.').next().unwrap_or(name)))?;
+    collect(&mut unneeded, "package", &store.cache("debs"), &|name| {
+        !is_package(name) || packages.contains(name.split('.').next().unwrap_or(name))
+    })?;
     Ok(unneeded)
 }
 
@@ -96,7 +114,14 @@ fn collect(unneeded: &mut Vec<Unneeded>, kind: &'static str, dir: &Path, is_kept
         let entry = entry?;
         let name = entry.file_name().to_string_lossy().into_owned();
         if !is_kept(&name) {
-            rows.insert(name, Unneeded { kind, path: entry.path(), bytes: entry.metadata().map(|meta| if meta.is_file() { meta.len() } else { 0 }).unwrap_or(0) });
+            rows.insert(
+                name,
+                Unneeded {
+                    kind,
+                    path: entry.path(),
+                    bytes: entry.metadata().map(|meta| if meta.is_file() { meta.len() } else { 0 }).unwrap_or(0),
+                },
+            );
         }
     }
     unneeded.extend(rows.into_values());
@@ -113,13 +138,16 @@ pub fn prune(build: &Build<'_>, keep: usize, locks: &[lock::Lock], dry_run: bool
             item.bytes = session.call("size", &item.path)?;
         }
     }
-    let mut pruned = Pruned { schema: 1, dry_run, bytes: unneeded.iter().map(|item| item.bytes).sum(), unneeded, in_use: Vec::new() };
+    let mut pruned =
+        Pruned { schema: 1, dry_run, bytes: unneeded.iter().map(|item| item.bytes).sum(), unneeded, in_use: Vec::new() };
     if dry_run {
         return Ok(pruned);
     }
     // A build that runs may be about to use what looks unneeded.
     let Some(_alone) = build.store.alone()? else {
-        return Err(Problem::transient("another pipeline is at work on this store").hint("try again when it has ended; `--dry-run` works any time").into());
+        return Err(Problem::transient("another pipeline is at work on this store")
+            .hint("try again when it has ended; `--dry-run` works any time")
+            .into());
     };
     let _index = build.store.lock_index()?;
     for item in pruned.unneeded.clone() {

@@ -54,7 +54,12 @@ struct Stamp {
 impl Stamp {
     fn of(store: &Store, layer: &Layer) -> Option<Self> {
         let meta = store.blob(&layer.descriptor.digest).symlink_metadata().ok()?;
-        Some(Self { ino: meta.ino(), size: meta.len(), mtime: (meta.mtime(), meta.mtime_nsec()), ctime: (meta.ctime(), meta.ctime_nsec()) })
+        Some(Self {
+            ino: meta.ino(),
+            size: meta.len(),
+            mtime: (meta.mtime(), meta.mtime_nsec()),
+            ctime: (meta.ctime(), meta.ctime_nsec()),
+        })
     }
 }
 
@@ -69,7 +74,19 @@ pub enum Found {
 
 impl StepRecord {
     pub fn new(step: &str, key: Digest, ingredients: Vec<Ingredient>, layers: Vec<Layer>) -> Self {
-        Self { version: VERSION, step: step.into(), key, ingredients, layers, config: None, dropped: Vec::new(), seconds: 0.0, script_seconds: 0.0, log: None, stamps: Vec::new() }
+        Self {
+            version: VERSION,
+            step: step.into(),
+            key,
+            ingredients,
+            layers,
+            config: None,
+            dropped: Vec::new(),
+            seconds: 0.0,
+            script_seconds: 0.0,
+            log: None,
+            stamps: Vec::new(),
+        }
     }
 
     pub fn save(&mut self, store: &Store) -> Result<()> {

@@ -61,7 +61,13 @@ pub enum Health {
 
 /// Runs the image `digest` to its end and answers its exit status. `asked` gives the signals the
 /// caller got meanwhile; `stdio` are the program's standard streams.
-pub fn run(build: &Build<'_>, digest: &Digest, options: &Options, stdio: [BorrowedFd<'_>; 3], asked: &dyn Fn() -> Option<i32>) -> Result<i32> {
+pub fn run(
+    build: &Build<'_>,
+    digest: &Digest,
+    options: &Options,
+    stdio: [BorrowedFd<'_>; 3],
+    asked: &dyn Fn() -> Option<i32>,
+) -> Result<i32> {
     let (_, config) = image::read(build.store, digest)?;
     let layers = image::layers(build.store, digest)?;
     let config = config.config;
@@ -72,7 +78,16 @@ pub fn run(build: &Build<'_>, digest: &Digest, options: &Options, stdio: [Borrow
         let trees: Vec<Tree> = layers.iter().map(|layer| work::tree(build.store, &session, layer)).collect::<Result<_>>()?;
         let spec = spec(build, &session, &work, &trees, &config, options)?;
         session.start_run(&spec, &stdio)?;
-        Follow { build, session: &session, listener, port, waiting: VecDeque::new(), health: health(&config)?, host_network: options.host_network }.follow(asked)
+        Follow {
+            build,
+            session: &session,
+            listener,
+            port,
+            waiting: VecDeque::new(),
+            health: health(&config)?,
+            host_network: options.host_network,
+        }
+        .follow(asked)
     })();
     let removed = work.remove(Some(&session));
     let status = result?;
@@ -80,7 +95,14 @@ pub fn run(build: &Build<'_>, digest: &Digest, options: &Options, stdio: [Borrow
     Ok(status)
 }
 
-fn spec(build: &Build<'_>, session: &Session, work: &Work, trees: &[Tree], config: &RunConfig, options: &Options) -> Result<RunSpec> {
+fn spec(
+    build: &Build<'_>,
+    session: &Session,
+    work: &Work,
+    trees: &[Tree],
+    config: &RunConfig,
+    options: &Options,
+) -> Result<RunSpec> {
     let lowers: Vec<PathBuf> = trees.iter().map(|tree| tree.root.clone()).collect();
     let mut argv = config.entrypoint.clone().unwrap_or_default();
     argv.extend(if options.command.is_empty() { config.cmd.clone().unwrap_or_default() } else { options.command.clone() });
@@ -93,7 +115,10 @@ fn spec(build: &Build<'_>, session: &Session, work: &Work, trees: &[Tree], confi
             continue;
         }
         let dir = work.dir().join(format!("volume-{index}"));
-        session.call::<_, ()>("volume", &Volume { dir: dir.clone(), lowers: lowers.clone(), path: path.into(), user: config.user.clone() })?;
+        session.call::<_, ()>(
+            "volume",
+            &Volume { dir: dir.clone(), lowers: lowers.clone(), path: path.into(), user: config.user.clone() },
+        )?;
         mounts.push(Mount::Bind { source: dir, target: path.into(), writable: true });
     }
     for (source, target) in &options.volumes {
@@ -140,11 +165,14 @@ fn spec(build: &Build<'_>, session: &Session, work: &Work, trees: &[Tree], confi
 
 /// Binds the published port before anything starts, so that a taken one is told at once.
 fn publish(build: &Build<'_>, config: &RunConfig, options: &Options) -> Result<(Option<u16>, Option<TcpListener>)> {
-    let exposed = config.exposed_ports.iter().flat_map(|ports| ports.keys()).find_map(|port| port.split('/').next()?.parse::<u16>().ok());
+    let exposed =
+        config.exposed_ports.iter().flat_map(|ports| ports.keys()).find_map(|port| port.split('/').next()?.parse::<u16>().ok());
     let (outside, inside) = match options.port {
         Some((outside, inside)) => (
             outside,
-            inside.or(exposed).ok_or_else(|| Problem::usage("the image says no port").hint("write `--port OUTSIDE:INSIDE`, or set `image.port`"))?,
+            inside.or(exposed).ok_or_else(|| {
+                Problem::usage("the image says no port").hint("write `--port OUTSIDE:INSIDE`, or set `image.port`")
+            })?,
         ),
         None => match exposed {
             Some(port) if !options.host_network => (port, port),
@@ -156,7 +184,8 @@ fn publish(build: &Build<'_>, config: &RunConfig, options: &Options) -> Result<(
     }
     let address = SocketAddr::from((Ipv4Addr::LOCALHOST, outside));
     let listener = TcpListener::bind(address).map_err(|error| {
-        Problem::failed(format!("port {outside} on 127.0.0.1 cannot be had: {error}")).hint("choose another with `--port`; 0 lets the kernel choose")
+        Problem::failed(format!("port {outside} on 127.0.0.1 cannot be had: {error}"))
+            .hint("choose another with `--port`; 0 lets the kernel choose")
     })?;
     listener.set_nonblocking(true)?;
     build.progress.note(format!("listening on http://{}", listener.local_addr()?));
@@ -166,7 +195,14 @@ fn publish(build: &Build<'_>, config: &RunConfig, options: &Options) -> Result<(
 fn health(config: &RunConfig) -> Result<Option<Probe>> {
     let Some(text) = config.labels.as_ref().and_then(|labels| labels.get(HEALTH_LABEL)) else { return Ok(None) };
     let health: crate::config::types::Health = serde_json::from_str(text).context("the image's health label is broken")?;
-    Ok(Some(Probe { check: health.check, deadline: health.deadline, started: Instant::now(), next: Instant::now(), pending: false, last: "no answer yet".into() }))
+    Ok(Some(Probe {
+        check: health.check,
+        deadline: health.deadline,
+        started: Instant::now(),
+        next: Instant::now(),
+        pending: false,
+        last: "no answer yet".into(),
+    }))
 }
 
 /// A health check that is asked until it is good or its time is up.
@@ -271,7 +307,9 @@ impl Follow<'_> {
                 let result = fds.into_iter().next().map_or_else(|| Err("no socket".into()), |fd| self.ask(TcpStream::from(fd)));
                 self.judged(result);
             }
-            (Event::Checked(good), Some(Waiting::Health)) => self.judged(if *good { Ok(()) } else { Err("the command failed".into()) }),
+            (Event::Checked(good), Some(Waiting::Health)) => {
+                self.judged(if *good { Ok(()) } else { Err("the command failed".into()) })
+            }
             (Event::Refused(error), Some(Waiting::Health)) => self.judged(Err(error.clone())),
             // A client of a program that does not listen: its connection ends.
             _ => {}
@@ -346,7 +384,12 @@ fn http(mut stream: TcpStream, path: &str) -> Result<(), String> {
     stream.set_nonblocking(false).map_err(text)?;
     stream.set_read_timeout(Some(HEALTH_TIMEOUT)).map_err(text)?;
     stream.set_write_timeout(Some(HEALTH_TIMEOUT)).map_err(text)?;
-    stream.write_all(format!("GET {path} HTTP/1.1\r\nHost: localhost\r\nUser-Agent: pipeline-health\r\nConnection: close\r\n\r\n").as_bytes()).map_err(text)?;
+    stream
+        .write_all(
+            format!("GET {path} HTTP/1.1\r\nHost: localhost\r\nUser-Agent: pipeline-health\r\nConnection: close\r\n\r\n")
+                .as_bytes(),
+        )
+        .map_err(text)?;
     let mut head = Vec::new();
     let mut buffer = [0; 512];
     while !head.windows(2).any(|pair| pair == b"\r\n") && head.len() < 4096 {

@@ -39,9 +39,15 @@ pub fn read(secrets: &[Secret], variable: &dyn Fn(&str) -> Option<String>) -> Re
     for secret in secrets {
         let bytes = match &secret.from {
             SecretSource::Env(name) => variable(name)
-                .ok_or_else(|| Problem::usage(format!("secret `{}`: the variable `{name}` is not set", secret.id)).hint(format!("export {name}=… before building")))?
+                .ok_or_else(|| {
+                    Problem::usage(format!("secret `{}`: the variable `{name}` is not set", secret.id))
+                        .hint(format!("export {name}=… before building"))
+                })?
                 .into_bytes(),
-            SecretSource::File(path) => fs_err::read(path).with_context(|| Problem::usage(format!("secret `{}` cannot be read", secret.id)).hint("`file` of `build.secrets` is relative to the pipeline file"))?,
+            SecretSource::File(path) => fs_err::read(path).with_context(|| {
+                Problem::usage(format!("secret `{}` cannot be read", secret.id))
+                    .hint("`file` of `build.secrets` is relative to the pipeline file")
+            })?,
         };
         if trimmed(&bytes).len() < SHORTEST {
             return Err(Problem::usage(format!("secret `{}` is shorter than {SHORTEST} bytes", secret.id))
@@ -81,8 +87,16 @@ fn forms(value: &[u8]) -> Vec<Vec<u8>> {
             }
         }
     }
-    let percent: String =
-        value.iter().map(|byte| if byte.is_ascii_alphanumeric() || b"-_.~".contains(byte) { char::from(*byte).to_string() } else { format!("%{byte:02X}") }).collect();
+    let percent: String = value
+        .iter()
+        .map(|byte| {
+            if byte.is_ascii_alphanumeric() || b"-_.~".contains(byte) {
+                char::from(*byte).to_string()
+            } else {
+                format!("%{byte:02X}")
+            }
+        })
+        .collect();
     forms.push(percent.into_bytes());
     // A value of several lines is printed line by line.
     forms.extend(value.split(|byte| *byte == b'\n').map(<[u8]>::trim_ascii).filter(|line| line.len() >= 8).map(<[u8]>::to_vec));
@@ -114,7 +128,12 @@ impl Finder {
         let automaton = if patterns.is_empty() {
             None
         } else {
-            Some(AhoCorasick::builder().match_kind(aho_corasick::MatchKind::LeftmostLongest).build(&patterns).context("cannot look for the secrets")?)
+            Some(
+                AhoCorasick::builder()
+                    .match_kind(aho_corasick::MatchKind::LeftmostLongest)
+                    .build(&patterns)
+                    .context("cannot look for the secrets")?,
+            )
         };
         Ok(Self { automaton, ids, longest })
     }
@@ -152,7 +171,13 @@ impl<'a> Scan<'a> {
 
 impl Inspect for Scan<'_> {
     fn text(&mut self, path: &Path, text: &[u8]) -> Option<Problem> {
-        self.finder.find(text).map(|id| Problem { message: format!("the value of secret `{id}` is in the name, the link target or an xattr of `/{}`", self.finder.mask(&path.to_string_lossy())), ..leaked(id, path) })
+        self.finder.find(text).map(|id| Problem {
+            message: format!(
+                "the value of secret `{id}` is in the name, the link target or an xattr of `/{}`",
+                self.finder.mask(&path.to_string_lossy())
+            ),
+            ..leaked(id, path)
+        })
     }
 
     fn chunk(&mut self, path: &Path, start: bool, bytes: &[u8]) -> Option<Problem> {
@@ -212,7 +237,10 @@ mod tests {
         let mut scan = Scan::new(&finder);
         let path = Path::new("etc/x");
         assert!(scan.chunk(path, true, b"aaaa01234").is_none());
-        assert_eq!(scan.chunk(path, false, b"56789bbb").unwrap().message, "the value of secret `token` is in `/etc/x` of the layer");
+        assert_eq!(
+            scan.chunk(path, false, b"56789bbb").unwrap().message,
+            "the value of secret `token` is in `/etc/x` of the layer"
+        );
         assert!(scan.chunk(path, true, b"56789").is_none());
         let named = scan.text(Path::new("etc/0123456789"), b"etc/0123456789").unwrap();
         assert_eq!(named.message, "the value of secret `token` is in the name, the link target or an xattr of `/etc/***`");
@@ -221,7 +249,10 @@ mod tests {
     #[test]
     fn unset_and_short_values_are_usage_errors() {
         let secret = Secret { id: "t".into(), from: SecretSource::Env("T".into()) };
-        assert_eq!(read(std::slice::from_ref(&secret), &|_| None).unwrap_err().to_string(), "secret `t`: the variable `T` is not set");
+        assert_eq!(
+            read(std::slice::from_ref(&secret), &|_| None).unwrap_err().to_string(),
+            "secret `t`: the variable `T` is not set"
+        );
         assert!(read(&[secret], &|_| Some("ab\n".into())).is_err());
     }
 

@@ -11,12 +11,12 @@ use std::time::Instant;
 
 use anyhow::{Context as _, Result};
 
+use super::debian::normalise::Origin;
 use super::host::{Host, name_service};
 use super::inside::{Copy, Exec, Pack, PackedLayer, Read, Seed, Unpack};
 use super::plan::{Action, Step};
 use super::record::StepRecord;
 use super::work::{self, Tree, Work};
-use super::debian::normalise::Origin;
 use super::{Prepared, debian, secret};
 use crate::artifact::image::{Layer, RunConfig};
 use crate::artifact::store::{Descriptor, Store};
@@ -144,7 +144,8 @@ impl Runner<'_> {
                 Action::Dependencies | Action::Assemble | Action::Configure(_) => Some(Origin::Step),
             },
         };
-        let packed: PackedLayer = self.session.call("pack", &args).with_context(|| format!("cannot pack the layer of step `{}`", step.name))?;
+        let packed: PackedLayer =
+            self.session.call("pack", &args).with_context(|| format!("cannot pack the layer of step `{}`", step.name))?;
         let written = &packed.written;
         self.store.adopt(temp, &written.digest)?;
         let descriptor = Descriptor::new(compression.media_type(), written.digest, written.size);
@@ -172,7 +173,8 @@ impl Runner<'_> {
     fn tar(&self, place: &Place) -> Result<Vec<String>> {
         let crate::config::types::Base::Tar { file, .. } = &self.prepared.pipeline.base else { anyhow::bail!("a tar base") };
         let args = Unpack { blob: file.clone(), digest: None, diff_id: None, compression: None, to: place.upper.clone() };
-        let unpacked: Unpacked = self.session.call("unpack", &args).with_context(|| format!("cannot unpack the base `{}`", file.display()))?;
+        let unpacked: Unpacked =
+            self.session.call("unpack", &args).with_context(|| format!("cannot unpack the base `{}`", file.display()))?;
         Ok(unpacked.dropped)
     }
 
@@ -243,7 +245,13 @@ impl Runner<'_> {
     }
 
     /// The builder's scripts, with those of the source's `.s2i/bin` in their place.
-    fn script_files(&self, builder: &super::builder::Builder, scripts: &str, root: &Path, dependencies: bool) -> Vec<(PathBuf, Vec<u8>)> {
+    fn script_files(
+        &self,
+        builder: &super::builder::Builder,
+        scripts: &str,
+        root: &Path,
+        dependencies: bool,
+    ) -> Vec<(PathBuf, Vec<u8>)> {
         let folder = Path::new(scripts.trim_start_matches('/'));
         let mut files = Vec::new();
         for (name, bytes) in &builder.scripts {
@@ -262,9 +270,13 @@ impl Runner<'_> {
         let inside_tmp = destination == "/tmp";
         let host_side = if inside_tmp { place.tmp.join("src") } else { place.dir.join("src") };
         if spec.user.is_empty() || spec.user == "0" || spec.user == "root" {
-            spec.mounts.insert(0, Mount::Overlay { lower: snapshot.to_path_buf(), scratch: place.dir.join("source"), target: host_side.clone() });
+            spec.mounts.insert(
+                0,
+                Mount::Overlay { lower: snapshot.to_path_buf(), scratch: place.dir.join("source"), target: host_side.clone() },
+            );
         } else {
-            let passwd: Option<Vec<u8>> = self.session.call("read", &Read { lowers: spec.lowers.clone(), path: "etc/passwd".into() })?;
+            let passwd: Option<Vec<u8>> =
+                self.session.call("read", &Read { lowers: spec.lowers.clone(), path: "etc/passwd".into() })?;
             let owner = owner(&spec.user, &String::from_utf8_lossy(&passwd.unwrap_or_default()));
             self.session.call::<_, ()>("copy", &Copy { from: snapshot.to_path_buf(), to: host_side.clone(), owner })?;
         }
@@ -286,13 +298,28 @@ impl Runner<'_> {
             Configure::Shell(_) => {
                 spec.mounts.push(Mount::Bind { source: path.clone(), target: Path::new(CONFIGURE).join(&name), writable: false });
                 // Through its own `#!` line when it has one and may be executed, through sh otherwise.
-                spec.argv = vec!["/bin/sh".into(), "-c".into(), format!("if [ -x '{CONFIGURE}/{name}' ]; then exec '{CONFIGURE}/{name}'; else exec /bin/sh '{CONFIGURE}/{name}'; fi")];
+                spec.argv = vec![
+                    "/bin/sh".into(),
+                    "-c".into(),
+                    format!(
+                        "if [ -x '{CONFIGURE}/{name}' ]; then exec '{CONFIGURE}/{name}'; else exec /bin/sh '{CONFIGURE}/{name}'; fi"
+                    ),
+                ];
                 format!("`{name}`")
             }
             Configure::Ansible(_) => {
                 let folder = path.parent().context("a folder")?;
                 spec.mounts.push(Mount::Bind { source: folder.to_path_buf(), target: CONFIGURE.into(), writable: false });
-                spec.env.extend([("ANSIBLE_HOME", "/tmp/.ansible"), ("ANSIBLE_LOCAL_TEMP", "/tmp/.ansible"), ("ANSIBLE_REMOTE_TEMP", "/tmp/.ansible"), ("ANSIBLE_NOCOLOR", "1"), ("PYTHONDONTWRITEBYTECODE", "1")].map(|(key, value)| (key.into(), value.into())));
+                spec.env.extend(
+                    [
+                        ("ANSIBLE_HOME", "/tmp/.ansible"),
+                        ("ANSIBLE_LOCAL_TEMP", "/tmp/.ansible"),
+                        ("ANSIBLE_REMOTE_TEMP", "/tmp/.ansible"),
+                        ("ANSIBLE_NOCOLOR", "1"),
+                        ("PYTHONDONTWRITEBYTECODE", "1"),
+                    ]
+                    .map(|(key, value)| (key.into(), value.into())),
+                );
                 spec.argv = ["ansible-playbook", "--connection", "local", "--inventory", "localhost,"].map(String::from).to_vec();
                 spec.argv.push(format!("{CONFIGURE}/{name}"));
                 format!("playbook `{name}`")
@@ -309,7 +336,8 @@ impl Runner<'_> {
         let build = &self.prepared.pipeline.build;
         fs_err::create_dir_all(&place.tmp)?;
         set_mode(&place.tmp, 0o1777)?;
-        let mut env: Vec<(String, String)> = vec![("PATH".into(), PATH.into()), ("LANG".into(), "C.UTF-8".into()), ("TZ".into(), "UTC".into())];
+        let mut env: Vec<(String, String)> =
+            vec![("PATH".into(), PATH.into()), ("LANG".into(), "C.UTF-8".into()), ("TZ".into(), "UTC".into())];
         env.push(("SOURCE_DATE_EPOCH".into(), step.epoch.to_string()));
         env.extend(build.env.clone());
         env.extend(NO_RETRIES.map(|(key, value)| (key.into(), value.into())));
@@ -332,7 +360,11 @@ impl Runner<'_> {
             cwd: "/".into(),
             user: String::new(),
             network: sandbox::Network::None,
-            limits: sandbox::Limits { memory: build.limits.memory, processes: build.limits.processes, file_size: build.limits.file_size },
+            limits: sandbox::Limits {
+                memory: build.limits.memory,
+                processes: build.limits.processes,
+                file_size: build.limits.file_size,
+            },
             timeout: Some(build.timeout),
             passed_stdio: false,
         })
@@ -364,17 +396,27 @@ impl Runner<'_> {
         if self.shell {
             self.open_shell(step, what, &how, spec, log)?;
         }
-        let mut problem = Problem::failed(format!("step `{}` of `{}` failed: {what} {how}{}", step.name, self.prepared.pipeline.name, log.tail()))
-            .hint(format!("the whole log is {}", log.path.display()));
+        let mut problem = Problem::failed(format!(
+            "step `{}` of `{}` failed: {what} {how}{}",
+            step.name,
+            self.prepared.pipeline.name,
+            log.tail()
+        ))
+        .hint(format!("the whole log is {}", log.path.display()));
         problem = match exit {
             Exit::TimedOut => problem.hint("`build.timeout` sets how long a step may take"),
             // bubblewrap and shells make 128 and the signal of it.
-            Exit::Signal(libc::SIGKILL) | Exit::Code(KILLED) if spec.limits.memory.is_some() => problem.hint("it may have hit `build.limits.memory`"),
-            Exit::Signal(libc::SIGXFSZ) | Exit::Code(FILE_TOO_LARGE) if spec.limits.file_size.is_some() => problem.hint("it may have hit `build.limits.file_size`"),
+            Exit::Signal(libc::SIGKILL) | Exit::Code(KILLED) if spec.limits.memory.is_some() => {
+                problem.hint("it may have hit `build.limits.memory`")
+            }
+            Exit::Signal(libc::SIGXFSZ) | Exit::Code(FILE_TOO_LARGE) if spec.limits.file_size.is_some() => {
+                problem.hint("it may have hit `build.limits.file_size`")
+            }
             _ => problem,
         };
         if !self.shell {
-            problem = problem.hint(format!("`pipeline build {} --shell` gives a shell in the step as it was", self.prepared.pipeline.name));
+            problem = problem
+                .hint(format!("`pipeline build {} --shell` gives a shell in the step as it was", self.prepared.pipeline.name));
         }
         Err(problem.into())
     }
@@ -419,7 +461,9 @@ impl S2iImage {
             Problem::failed("the runtime image has no label `io.openshift.s2i.scripts-url`, so it is no S2I builder image")
                 .hint("use it as `base: {image: …}` with a `runtime: {builder: …}`")
         })?;
-        let scripts = url.strip_prefix("image://").ok_or_else(|| Problem::failed(format!("the S2I scripts are at `{url}`; only `image://` is supported")))?;
+        let scripts = url
+            .strip_prefix("image://")
+            .ok_or_else(|| Problem::failed(format!("the S2I scripts are at `{url}`; only `image://` is supported")))?;
         let destination = label(&["io.openshift.s2i.destination", "io.s2i.destination"]).unwrap_or_else(|| "/tmp".into());
         let user = label(&["io.openshift.s2i.assemble-user"]).unwrap_or_else(|| config.user.clone());
         Ok(Self { scripts: scripts.trim_end_matches('/').into(), destination, user })
@@ -427,7 +471,11 @@ impl S2iImage {
 }
 
 /// Sets `variables` over what is there, but for those the pipeline file sets itself.
-fn prefer(env: &mut Vec<(String, String)>, variables: impl IntoIterator<Item = (String, String)>, own: &std::collections::BTreeMap<String, String>) {
+fn prefer(
+    env: &mut Vec<(String, String)>,
+    variables: impl IntoIterator<Item = (String, String)>,
+    own: &std::collections::BTreeMap<String, String>,
+) {
     for (name, value) in variables {
         if !own.contains_key(&name) {
             env.retain(|(known, _)| *known != name);
@@ -443,9 +491,17 @@ fn set_mode(path: &Path, mode: u32) -> Result<()> {
 /// User and group id of `user`, by number or by the tree's passwd.
 fn owner(user: &str, passwd: &str) -> (u32, u32) {
     let name = user.split(':').next().unwrap_or(user);
-    let row = passwd.lines().map(|line| line.split(':').collect::<Vec<_>>()).find(|row| row.len() > 3 && (row[0] == name || row[2] == name));
+    let row = passwd
+        .lines()
+        .map(|line| line.split(':').collect::<Vec<_>>())
+        .find(|row| row.len() > 3 && (row[0] == name || row[2] == name));
     let uid = name.parse().ok().or_else(|| row.as_ref().and_then(|row| row[2].parse().ok())).unwrap_or(0);
-    let gid = user.split(':').nth(1).and_then(|group| group.parse().ok()).or_else(|| row.as_ref().and_then(|row| row[3].parse().ok())).unwrap_or(0);
+    let gid = user
+        .split(':')
+        .nth(1)
+        .and_then(|group| group.parse().ok())
+        .or_else(|| row.as_ref().and_then(|row| row[3].parse().ok()))
+        .unwrap_or(0);
     (uid, gid)
 }
 
@@ -468,7 +524,16 @@ impl<'a> Log<'a> {
         let path = dir.join(format!("{}-{}.log", step.name, step.key.short()));
         fault::point("create a log");
         let file = fs_err::File::create(&path)?;
-        Ok(Self { path, file, step: step.name.clone(), progress, finder: runner.finder, partial: Vec::new(), last: VecDeque::new(), script_seconds: 0.0 })
+        Ok(Self {
+            path,
+            file,
+            step: step.name.clone(),
+            progress,
+            finder: runner.finder,
+            partial: Vec::new(),
+            last: VecDeque::new(),
+            script_seconds: 0.0,
+        })
     }
 
     fn write(&mut self, bytes: &[u8]) {
@@ -504,6 +569,10 @@ impl<'a> Log<'a> {
 
     /// The last lines, for an error.
     fn tail(&self) -> String {
-        if self.last.is_empty() { String::new() } else { format!("; its last lines:\n  | {}", self.last.iter().cloned().collect::<Vec<_>>().join("\n  | ")) }
+        if self.last.is_empty() {
+            String::new()
+        } else {
+            format!("; its last lines:\n  | {}", self.last.iter().cloned().collect::<Vec<_>>().join("\n  | "))
+        }
     }
 }

@@ -81,7 +81,14 @@ pub fn update(build: &Build<'_>, pipeline: &Pipeline, check: bool) -> Result<Upd
 }
 
 /// One set, and the dpkg status text of its packages.
-fn resolve(build: &Build<'_>, pipeline: &Pipeline, wanted: &base::SetRequest, status: &str, check: bool, apt: &mut Option<Apt>) -> Result<(Set, String)> {
+fn resolve(
+    build: &Build<'_>,
+    pipeline: &Pipeline,
+    wanted: &base::SetRequest,
+    status: &str,
+    check: bool,
+    apt: &mut Option<Apt>,
+) -> Result<(Set, String)> {
     let debs = build.debs();
     let now = crate::artifact::image::timestamp(build.host.now)?;
     if apt.is_none() {
@@ -103,5 +110,9 @@ fn resolve(build: &Build<'_>, pipeline: &Pipeline, wanted: &base::SetRequest, st
 pub fn shared_with(pipeline: &Pipeline, lock: &Lock, others: &[Pipeline]) -> Vec<String> {
     let base = |pipeline: &Pipeline| base::requests(pipeline, None, None).into_iter().map(|wanted| wanted.request.key()).next();
     let own = base(pipeline).filter(|key| lock.sets.contains_key(key));
-    others.iter().filter(|other| other.name != pipeline.name && own.is_some() && base(other) == own).map(|other| other.name.to_string()).collect()
+    others
+        .iter()
+        .filter(|other| other.name != pipeline.name && own.is_some() && base(other) == own)
+        .map(|other| other.name.to_string())
+        .collect()
 }

@@ -136,7 +136,12 @@ fn file_difference(one: &BTreeMap<String, String>, two: &BTreeMap<String, String
         match two.get(path) {
             None => return format!("`/{path}` is gone"),
             Some(other) if other != row => {
-                let parts: Vec<String> = row.split(", ").zip(other.split(", ")).filter(|(a, b)| a != b).map(|(a, b)| format!("{a} became {b}")).collect();
+                let parts: Vec<String> = row
+                    .split(", ")
+                    .zip(other.split(", "))
+                    .filter(|(a, b)| a != b)
+                    .map(|(a, b)| format!("{a} became {b}"))
+                    .collect();
                 return format!("`/{path}`: {}", parts.join("; "));
             }
             Some(_) => {}

@@ -137,8 +137,12 @@ pub fn tree(store: &Store, session: &Session, layer: &Layer) -> Result<Tree> {
         let new = trees.join(format!(".new-{}", layer.diff_id.hex()));
         session.call::<_, ()>("remove", &new)?;
         fs_err::create_dir(&new)?;
-        let compression = Compression::of_media_type(&layer.descriptor.media_type)
-            .ok_or_else(|| Problem::failed(format!("layer {} has the unknown media type `{}`", layer.descriptor.digest, layer.descriptor.media_type)))?;
+        let compression = Compression::of_media_type(&layer.descriptor.media_type).ok_or_else(|| {
+            Problem::failed(format!(
+                "layer {} has the unknown media type `{}`",
+                layer.descriptor.digest, layer.descriptor.media_type
+            ))
+        })?;
         let args = inside::Unpack {
             blob: store.blob(&layer.descriptor.digest),
             digest: Some(layer.descriptor.digest),
@@ -147,7 +151,9 @@ pub fn tree(store: &Store, session: &Session, layer: &Layer) -> Result<Tree> {
             to: new.join("root"),
         };
         let unpacked: Result<Unpacked> = session.call("unpack", &args);
-        let made = unpacked.with_context(|| format!("cannot unpack layer {}", layer.descriptor.digest.short())).and_then(|_| finish(&new, &dir, &boot));
+        let made = unpacked
+            .with_context(|| format!("cannot unpack layer {}", layer.descriptor.digest.short()))
+            .and_then(|_| finish(&new, &dir, &boot));
         if let Err(error) = made {
             session.call::<_, ()>("remove", &new)?;
             return Err(error);

@@ -7,7 +7,7 @@ use anyhow::{Context as _, Result};
 use serde::Serialize;
 use serde_json::{Value, json};
 
-use super::{Global, signals, report, ui};
+use super::{Global, report, signals, ui};
 use crate::artifact::store::{Descriptor, REF_NAME, Store};
 use crate::artifact::{archive, image};
 use crate::build::{self, base, prune, record, verify};
@@ -99,10 +99,16 @@ pub fn run(global: &Global, verb: Verb) -> Result<u8> {
 
 /// `name:tag` as OCI layouts allow it (image layout specification, "org.opencontainers.image.ref.name").
 fn check_tag(name: &str) -> Result<()> {
-    let good = |text: &str| !text.is_empty() && text.bytes().all(|c| c.is_ascii_alphanumeric() || b"._-/".contains(&c)) && text.as_bytes()[0].is_ascii_alphanumeric();
+    let good = |text: &str| {
+        !text.is_empty()
+            && text.bytes().all(|c| c.is_ascii_alphanumeric() || b"._-/".contains(&c))
+            && text.as_bytes()[0].is_ascii_alphanumeric()
+    };
     match name.split_once(':') {
         Some((image, tag)) if good(image) && good(tag) => Ok(()),
-        _ => Err(Problem::usage(format!("`{name}` is not a name for an image")).hint("write NAME:TAG, from letters, digits, `.`, `_`, `-`").into()),
+        _ => Err(Problem::usage(format!("`{name}` is not a name for an image"))
+            .hint("write NAME:TAG, from letters, digits, `.`, `_`, `-`")
+            .into()),
     }
 }
 
@@ -122,7 +128,10 @@ pub fn find(store: &Store, wanted: &str) -> Result<(String, Descriptor)> {
         if let Ok(digest) = wanted.parse::<Digest>()
             && let Ok(bytes) = store.read(&digest)
         {
-            return Ok((format!("image:{}", digest.short()), Descriptor::new(crate::artifact::store::MANIFEST_TYPE, digest, bytes.len() as u64)));
+            return Ok((
+                format!("image:{}", digest.short()),
+                Descriptor::new(crate::artifact::store::MANIFEST_TYPE, digest, bytes.len() as u64),
+            ));
         }
     }
     let names: Vec<String> = index.manifests.iter().map(name).collect();
@@ -152,14 +161,21 @@ fn list(global: &Global, around: &ui::Surroundings) -> Result<u8> {
         let name = descriptor.annotations.get(REF_NAME).cloned().unwrap_or_default();
         let (manifest, _) = image::read(&around.store, &descriptor.digest).with_context(|| format!("image `{name}`"))?;
         let bytes = descriptor.size + manifest.config.size + manifest.layers.iter().map(|layer| layer.size).sum::<u64>();
-        rows.push(Listed { name, digest: descriptor.digest, bytes, created: manifest.annotations.get("org.opencontainers.image.created").cloned() });
+        rows.push(Listed {
+            name,
+            digest: descriptor.digest,
+            bytes,
+            created: manifest.annotations.get("org.opencontainers.image.created").cloned(),
+        });
     }
     ui::answer(global, &json!({"schema": 1, "images": rows}), || {
         if rows.is_empty() {
             return "the store is empty\n".into();
         }
         let mut table = vec![["NAME", "DIGEST", "SIZE", "DATE"].map(String::from).to_vec()];
-        table.extend(rows.iter().map(|row| vec![row.name.clone(), row.digest.short(), report::bytes(row.bytes), row.created.clone().unwrap_or_default()]));
+        table.extend(rows.iter().map(|row| {
+            vec![row.name.clone(), row.digest.short(), report::bytes(row.bytes), row.created.clone().unwrap_or_default()]
+        }));
         report::table(&table)
     })?;
     Ok(0)
@@ -185,7 +201,9 @@ fn show(global: &Global, around: &ui::Surroundings, wanted: &str) -> Result<u8> 
         .collect();
     let pipeline = name.split(':').next().unwrap_or_default();
     let build = record::builds(&around.store, pipeline)?.into_iter().rev().find(|build| build.digest == descriptor.digest);
-    let built = build.as_ref().map(|build| json!({"time": image::timestamp(build.time).ok(), "head": build.head, "changed_files": build.changed}));
+    let built = build
+        .as_ref()
+        .map(|build| json!({"time": image::timestamp(build.time).ok(), "head": build.head, "changed_files": build.changed}));
     let value = json!({"schema": 1, "name": name, "digest": descriptor.digest, "annotations": manifest.annotations, "config": config["config"], "layers": layers, "built": built});
     ui::answer(global, &value, || show_text(&value))?;
     Ok(0)
@@ -225,7 +243,8 @@ fn export(around: &ui::Surroundings, wanted: &str, output: &std::path::Path) -> 
         .permissions(std::os::unix::fs::PermissionsExt::from_mode(0o644))
         .tempfile_in(dir)
         .with_context(|| format!("cannot make a file in `{}`", dir.display()))?;
-    archive::export(&around.store, &name, &descriptor, temp.as_file_mut()).with_context(|| format!("cannot write `{}`", output.display()))?;
+    archive::export(&around.store, &name, &descriptor, temp.as_file_mut())
+        .with_context(|| format!("cannot write `{}`", output.display()))?;
     temp.as_file().sync_all().with_context(|| format!("cannot write `{}`", output.display()))?;
     temp.persist(output).map_err(|error| error.error).with_context(|| format!("cannot write `{}`", output.display()))?;
     around.progress.note(format!("wrote `{}`", output.display()));
@@ -240,7 +259,9 @@ fn load(global: &Global, around: &ui::Surroundings, file: &std::path::Path) -> R
         archive::load(&around.store, std::io::BufReader::new(opened)).with_context(|| format!("cannot load `{}`", file.display()))
     }?;
     let rows: Vec<Value> = loaded.iter().map(|(name, digest)| json!({"name": name, "digest": digest})).collect();
-    ui::answer(global, &json!({"schema": 1, "images": rows}), || loaded.iter().map(|(name, digest)| format!("{name} {digest}\n")).collect())?;
+    ui::answer(global, &json!({"schema": 1, "images": rows}), || {
+        loaded.iter().map(|(name, digest)| format!("{name} {digest}\n")).collect()
+    })?;
     Ok(0)
 }
 
@@ -280,8 +301,13 @@ fn verify(global: &Global, around: &ui::Surroundings, wanted: &str, rebuild: boo
     let good = verified.difference.is_none();
     ui::answer(global, &verified, || match (&verified.rebuilt, &verified.difference) {
         (None, _) => format!("{name} {}: {} blobs are as their digests say\n", verified.digest, verified.blobs),
-        (Some(_), None) => format!("{name} {}: {} blobs are as their digests say, and a build from nothing gives the same image\n", verified.digest, verified.blobs),
-        (Some(digest), Some(difference)) => format!("{name} {}: a build from nothing gives {digest}\nfirst difference: {difference}\n", verified.digest),
+        (Some(_), None) => format!(
+            "{name} {}: {} blobs are as their digests say, and a build from nothing gives the same image\n",
+            verified.digest, verified.blobs
+        ),
+        (Some(digest), Some(difference)) => {
+            format!("{name} {}: a build from nothing gives {digest}\nfirst difference: {difference}\n", verified.digest)
+        }
     })?;
     Ok(u8::from(!good))
 }
@@ -300,7 +326,12 @@ fn prune(global: &Global, around: &ui::Surroundings, dry_run: bool, keep: usize)
     ui::answer(global, &pruned, || {
         let mut text = String::new();
         for item in pruned.unneeded.iter().filter(|item| item.bytes > 0) {
-            text.push_str(&format!("{} {} {}\n", item.kind, item.path.file_name().unwrap_or_default().to_string_lossy(), report::bytes(item.bytes)));
+            text.push_str(&format!(
+                "{} {} {}\n",
+                item.kind,
+                item.path.file_name().unwrap_or_default().to_string_lossy(),
+                report::bytes(item.bytes)
+            ));
         }
         for path in &pruned.in_use {
             text.push_str(&format!("in use, kept: {}\n", path.display()));

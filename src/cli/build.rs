@@ -36,7 +36,8 @@ pub fn run(global: &Global, args: Args) -> Result<u8> {
     let pipeline = around.pipeline(args.name.as_deref())?;
     signals::watch()?;
     let work_dir = args.work_dir.map(std::path::absolute).transpose()?;
-    let options = Options { locked: args.locked, update_missing: args.update_missing, shell: args.shell, work_dir, untagged: false };
+    let options =
+        Options { locked: args.locked, update_missing: args.update_missing, shell: args.shell, work_dir, untagged: false };
     let built = build::build(&around.build(), &pipeline, &options);
     around.progress.finish();
     let built = built?;

@@ -21,7 +21,9 @@ pub fn run(global: &Global, _args: Args) -> Result<u8> {
     checks.extend(own_session(&host));
     let fix = probe::fix_command(&checks);
     let works = !checks.iter().any(Check::blocks);
-    ui::answer(global, &json!({"schema": 1, "works": works, "checks": checks, "fix": fix}), || text(&checks, works, fix.as_deref()))?;
+    ui::answer(global, &json!({"schema": 1, "works": works, "checks": checks, "fix": fix}), || {
+        text(&checks, works, fix.as_deref())
+    })?;
     Ok(u8::from(!works))
 }
 

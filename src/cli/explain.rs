@@ -28,7 +28,9 @@ fn text(explanation: &Explanation) -> String {
     let head = match (explanation.next, explanation.steps.iter().any(|step| step.state == State::Ran)) {
         (true, _) => format!("the next build of `{}`:\n", explanation.pipeline),
         (false, true) => format!("nothing would run; the last build of `{}` that ran something:\n", explanation.pipeline),
-        (false, false) => format!("nothing would run, and no build of `{}` is remembered that ran something:\n", explanation.pipeline),
+        (false, false) => {
+            format!("nothing would run, and no build of `{}` is remembered that ran something:\n", explanation.pipeline)
+        }
     };
     let mut text = head;
     for step in &explanation.steps {

@@ -25,7 +25,9 @@ pub fn run(global: &Global, args: Args) -> Result<u8> {
     let dir = std::path::absolute(&args.dir)?;
     let file = dir.join("pipeline.yaml");
     if file.exists() && !args.force && !args.dry_run {
-        return Err(Problem::usage(format!("`{}` exists", file.display())).hint("`--force` replaces it, `--dry-run` shows what would be written").into());
+        return Err(Problem::usage(format!("`{}` exists", file.display()))
+            .hint("`--force` replaces it, `--dry-run` shows what would be written")
+            .into());
     }
     let detection = detect::detect(&dir)?;
     let text = detect::pipeline_yaml(&detection);
@@ -39,8 +41,10 @@ pub fn run(global: &Global, args: Args) -> Result<u8> {
             eprintln!("{reason}");
         }
     }
-    ui::answer(global, &serde_json::json!({"schema": 1, "file": file, "name": detection.name.as_str(), "builder": detection.builder, "reasons": detection.reasons}), || {
-        format!("wrote `{}`; next: pipeline build {}\n", file.display(), detection.name)
-    })?;
+    ui::answer(
+        global,
+        &serde_json::json!({"schema": 1, "file": file, "name": detection.name.as_str(), "builder": detection.builder, "reasons": detection.reasons}),
+        || format!("wrote `{}`; next: pipeline build {}\n", file.display(), detection.name),
+    )?;
     Ok(0)
 }

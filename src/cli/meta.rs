@@ -21,7 +21,8 @@ pub fn version(global: &Global) -> Result<u8> {
             builders.insert(name.to_string(), json!(builder.digest()));
         }
     }
-    let value = json!({"schema": 1, "version": env!("CARGO_PKG_VERSION"), "commit": env!("PIPELINE_COMMIT"), "builders": builders});
+    let value =
+        json!({"schema": 1, "version": env!("CARGO_PKG_VERSION"), "commit": env!("PIPELINE_COMMIT"), "builders": builders});
     ui::answer(global, &value, || format!("pipeline {}\n", env!("PIPELINE_VERSION")))?;
     Ok(0)
 }
@@ -73,9 +74,13 @@ pub fn pack(args: &PackArgs) -> Result<u8> {
     let started = Instant::now();
     let threads = std::thread::available_parallelism().map_or(1, std::num::NonZero::get);
     let mut writer = LayerWriter::new(fs_err::File::create(&args.out)?, Compression::Zstd, threads);
-    let options = PackOptions { dir: args.dir.clone(), lowers: vec![], epoch: 0, skip: vec![], skip_content: vec![], skip_empty: vec![] };
+    let options =
+        PackOptions { dir: args.dir.clone(), lowers: vec![], epoch: 0, skip: vec![], skip_content: vec![], skip_empty: vec![] };
     pack_layer(&options, &mut writer, &mut Anything).context("cannot pack")?;
     let written = writer.finish()?;
-    println!("{}", json!({"diff_id": written.diff_id, "digest": written.digest, "size": written.size, "seconds": started.elapsed().as_secs_f64()}));
+    println!(
+        "{}",
+        json!({"diff_id": written.diff_id, "digest": written.digest, "size": written.size, "seconds": started.elapsed().as_secs_f64()})
+    );
     Ok(0)
 }

@@ -44,7 +44,8 @@ pub fn show(global: &Global, name: Option<&str>) -> Result<u8> {
     let prepared = prepared?;
     let steps = prepared.plan()?;
     let found = build::look_up(&context, &steps)?;
-    let because: Vec<String> = steps.iter().map(|step| explain::because(&around.store, &prepared, step)).collect::<Result<_>>()?;
+    let because: Vec<String> =
+        steps.iter().map(|step| explain::because(&around.store, &prepared, step)).collect::<Result<_>>()?;
     let planned = steps.iter().zip(&found).zip(&because).map(|((step, found), because)| Planned {
         step,
         cached: found.is_some(),

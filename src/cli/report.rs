@@ -45,7 +45,8 @@ pub fn table(rows: &[Vec<String>]) -> String {
     let width = |column: usize| rows.iter().filter_map(|row| row.get(column)).map(|cell| cell.chars().count()).max().unwrap_or(0);
     let widths: Vec<usize> = (0..columns).map(width).collect();
     let line = |row: &Vec<String>| {
-        let cells = row.iter().enumerate().map(|(column, cell)| format!("{cell}{}", " ".repeat(widths[column] - cell.chars().count())));
+        let cells =
+            row.iter().enumerate().map(|(column, cell)| format!("{cell}{}", " ".repeat(widths[column] - cell.chars().count())));
         cells.collect::<Vec<_>>().join("  ").trim_end().to_string() + "\n"
     };
     rows.iter().map(line).collect()

@@ -59,7 +59,11 @@ fn variable(text: &str) -> Result<(String, String), String> {
 fn volume(text: &str) -> Result<(PathBuf, PathBuf), String> {
     let (source, target) = text.split_once(':').ok_or_else(|| format!("`{text}` is not DIR:PATH"))?;
     let source = fs_err::canonicalize(source).map_err(|error| error.to_string())?;
-    if target.starts_with('/') { Ok((source, target.into())) } else { Err(format!("`{target}` is not an absolute path of the image")) }
+    if target.starts_with('/') {
+        Ok((source, target.into()))
+    } else {
+        Err(format!("`{target}` is not an absolute path of the image"))
+    }
 }
 
 pub fn run(global: &Global, args: Args) -> u8 {
@@ -74,10 +78,13 @@ pub fn run(global: &Global, args: Args) -> u8 {
 
 fn try_run(global: &Global, args: Args) -> Result<u8> {
     let around = ui::Surroundings::new(global)?;
-    let (_, descriptor) = artifact::find(&around.store, &args.image).map_err(|error| match around.pipeline(Some(&args.image)) {
-        Ok(pipeline) => Problem::usage(format!("`{}` is not built yet", pipeline.name)).hint(format!("pipeline build {}", pipeline.name)).into(),
-        Err(_) => error,
-    })?;
+    let (_, descriptor) =
+        artifact::find(&around.store, &args.image).map_err(|error| match around.pipeline(Some(&args.image)) {
+            Ok(pipeline) => Problem::usage(format!("`{}` is not built yet", pipeline.name))
+                .hint(format!("pipeline build {}", pipeline.name))
+                .into(),
+            Err(_) => error,
+        })?;
     let asked = catch_signals()?;
     let options = Options {
         port: args.port,
@@ -102,7 +109,8 @@ fn try_run(global: &Global, args: Args) -> Result<u8> {
 fn catch_signals() -> Result<Arc<AtomicI32>> {
     use signal_hook::consts::{SIGHUP, SIGINT, SIGQUIT, SIGTERM};
     let asked = Arc::new(AtomicI32::new(0));
-    let mut signals = signal_hook::iterator::Signals::new([SIGINT, SIGTERM, SIGHUP, SIGQUIT]).context("cannot watch for signals")?;
+    let mut signals =
+        signal_hook::iterator::Signals::new([SIGINT, SIGTERM, SIGHUP, SIGQUIT]).context("cannot watch for signals")?;
     let caught = asked.clone();
     std::thread::spawn(move || {
         for signal in signals.forever() {

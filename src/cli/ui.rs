@@ -26,7 +26,10 @@ pub fn fail(error: &anyhow::Error, json: bool) -> u8 {
     }
     let hints = error::hints(error);
     if json {
-        eprintln!("{}", serde_json::json!({"event": "error", "message": causes.first(), "causes": causes.get(1..), "hints": hints, "exit": code}));
+        eprintln!(
+            "{}",
+            serde_json::json!({"event": "error", "message": causes.first(), "causes": causes.get(1..), "hints": hints, "exit": code})
+        );
         return code;
     }
     let mut lines = causes.iter();
@@ -109,13 +112,21 @@ pub fn places(global: &Global, host: &Host) -> Result<(PathBuf, PathBuf)> {
 
 /// This machine, as the flows see it.
 pub fn host(global: &Global) -> Result<Host> {
-    let variables: BTreeMap<String, String> = std::env::vars_os().filter_map(|(key, value)| Some((key.into_string().ok()?, value.into_string().ok()?))).collect();
-    let trusted = TRUSTED_VARIABLES.iter().filter_map(|name| Some(((*name).to_string(), variables.get(*name)?.clone()))).collect();
-    let configured = ["SSL_CERT_FILE", "CURL_CA_BUNDLE", "REQUESTS_CA_BUNDLE"].iter().filter_map(|name| variables.get(*name).map(PathBuf::from));
+    let variables: BTreeMap<String, String> =
+        std::env::vars_os().filter_map(|(key, value)| Some((key.into_string().ok()?, value.into_string().ok()?))).collect();
+    let trusted =
+        TRUSTED_VARIABLES.iter().filter_map(|name| Some(((*name).to_string(), variables.get(*name)?.clone()))).collect();
+    let configured = ["SSL_CERT_FILE", "CURL_CA_BUNDLE", "REQUESTS_CA_BUNDLE"]
+        .iter()
+        .filter_map(|name| variables.get(*name).map(PathBuf::from));
     let ca_bundle = configured.chain(CA_BUNDLES.iter().map(PathBuf::from)).find(|path| path.is_file());
-    let now = std::time::SystemTime::now().duration_since(std::time::UNIX_EPOCH).map_or(0, |time| i64::try_from(time.as_secs()).unwrap_or(0));
+    let now = std::time::SystemTime::now()
+        .duration_since(std::time::UNIX_EPOCH)
+        .map_or(0, |time| i64::try_from(time.as_secs()).unwrap_or(0));
     let source_date_epoch = match variables.get("SOURCE_DATE_EPOCH") {
-        Some(text) => Some(text.parse().map_err(|_| Problem::usage(format!("SOURCE_DATE_EPOCH is `{text}`, not a number of seconds")))?),
+        Some(text) => {
+            Some(text.parse().map_err(|_| Problem::usage(format!("SOURCE_DATE_EPOCH is `{text}`, not a number of seconds")))?)
+        }
         None => None,
     };
     Ok(Host {

@@ -2,7 +2,7 @@
 
 use anyhow::Result;
 
-use super::{Global, signals, report, ui};
+use super::{Global, report, signals, ui};
 use crate::build::update::{self, Updated};
 use crate::progress::Progress as _;
 
@@ -23,7 +23,11 @@ pub fn run(global: &Global, args: Args) -> Result<u8> {
     around.progress.finish();
     let updated = updated?;
     if updated.written {
-        let others: Vec<_> = crate::config::names(&around.cwd).iter().filter_map(|name| around.pipeline(Some(name)).ok()).filter(|other| other.dir == pipeline.dir).collect();
+        let others: Vec<_> = crate::config::names(&around.cwd)
+            .iter()
+            .filter_map(|name| around.pipeline(Some(name)).ok())
+            .filter(|other| other.dir == pipeline.dir)
+            .collect();
         if let Some(lock) = crate::build::lock::load(&pipeline.dir)? {
             for name in update::shared_with(&pipeline, &lock, &others) {
                 around.progress.note(format!("`{name}` stands on the same base, which moved with it"));
@@ -37,7 +41,12 @@ pub fn run(global: &Global, args: Args) -> Result<u8> {
 fn text(updated: &Updated, check: bool) -> String {
     let mut text = String::new();
     for image in updated.images.iter().filter(|image| image.old != Some(image.new)) {
-        text.push_str(&format!("image {}: {} → {}\n", image.reference, image.old.map_or_else(|| "none".into(), |digest| digest.to_string()), image.new));
+        text.push_str(&format!(
+            "image {}: {} → {}\n",
+            image.reference,
+            image.old.map_or_else(|| "none".into(), |digest| digest.to_string()),
+            image.new
+        ));
     }
     for set in updated.sets.iter().filter(|set| !set.changes.is_empty()) {
         let since = set.before.as_ref().map_or_else(|| "new".to_string(), |date| format!("since {date}"));
@@ -45,7 +54,14 @@ fn text(updated: &Updated, check: bool) -> String {
         let rows: Vec<Vec<String>> = set
             .changes
             .iter()
-            .map(|change| vec![format!("  {}", change.name), change.old.clone().unwrap_or_else(|| "none".into()), "→".into(), change.new.clone().unwrap_or_else(|| "none".into())])
+            .map(|change| {
+                vec![
+                    format!("  {}", change.name),
+                    change.old.clone().unwrap_or_else(|| "none".into()),
+                    "→".into(),
+                    change.new.clone().unwrap_or_else(|| "none".into()),
+                ]
+            })
             .collect();
         text.push_str(&report::table(&rows));
     }

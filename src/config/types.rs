@@ -92,10 +92,20 @@ pub struct Pipeline {
 pub enum Base {
     Debian(Debian),
     /// A reference as written; the lock pins its digest. `packages` need apt in the image.
-    Image { reference: String, packages: Vec<String> },
+    Image {
+        reference: String,
+        packages: Vec<String>,
+    },
     /// A layout and, where it holds several images, the tag.
-    Oci { layout: PathBuf, tag: Option<String>, packages: Vec<String> },
-    Tar { file: PathBuf, packages: Vec<String> },
+    Oci {
+        layout: PathBuf,
+        tag: Option<String>,
+        packages: Vec<String>,
+    },
+    Tar {
+        file: PathBuf,
+        packages: Vec<String>,
+    },
     Scratch,
 }
 
@@ -142,7 +152,12 @@ pub enum BuilderRef {
 pub enum Source {
     /// A folder (`dir` already joined).
     Path(PathBuf),
-    Git { url: String, reference: Option<String>, dir: Option<PathBuf>, submodules: bool },
+    Git {
+        url: String,
+        reference: Option<String>,
+        dir: Option<PathBuf>,
+        submodules: bool,
+    },
 }
 
 #[derive(Debug, Clone, PartialEq)]

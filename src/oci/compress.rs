@@ -49,8 +49,12 @@ impl Compression {
     /// From a layer's media type, OCI's or Docker's.
     pub fn of_media_type(media_type: &str) -> Option<Self> {
         match media_type {
-            "application/vnd.oci.image.layer.v1.tar+zstd" | "application/vnd.docker.image.rootfs.diff.tar.zstd" => Some(Self::Zstd),
-            "application/vnd.oci.image.layer.v1.tar+gzip" | "application/vnd.docker.image.rootfs.diff.tar.gzip" => Some(Self::Gzip),
+            "application/vnd.oci.image.layer.v1.tar+zstd" | "application/vnd.docker.image.rootfs.diff.tar.zstd" => {
+                Some(Self::Zstd)
+            }
+            "application/vnd.oci.image.layer.v1.tar+gzip" | "application/vnd.docker.image.rootfs.diff.tar.gzip" => {
+                Some(Self::Gzip)
+            }
             "application/vnd.oci.image.layer.v1.tar" | "application/vnd.docker.image.rootfs.diff.tar" => Some(Self::None),
             _ => None,
         }
@@ -155,7 +159,10 @@ impl LayerWriter {
             anyhow::bail!("the compressor has ended early");
         };
         let diff_id = hasher.join().map_err(|_| anyhow::anyhow!("the hashing thread panicked"))?;
-        let (digest, size) = compressor.join().map_err(|_| anyhow::anyhow!("the compressing thread panicked"))?.context("cannot write the layer")?;
+        let (digest, size) = compressor
+            .join()
+            .map_err(|_| anyhow::anyhow!("the compressing thread panicked"))?
+            .context("cannot write the layer")?;
         Ok(Written { diff_id, plain_size: self.plain_size, digest, size })
     }
 }
@@ -256,7 +263,10 @@ fn write_gzip<W: Write>(blocks: &mut Vec<Vec<u8>>, out: &mut Digesting<W>) -> io
                 })
             })
             .collect();
-        threads.into_iter().map(|thread| thread.join().unwrap_or_else(|_| Err(io::Error::other("gzip thread panicked")))).collect()
+        threads
+            .into_iter()
+            .map(|thread| thread.join().unwrap_or_else(|_| Err(io::Error::other("gzip thread panicked"))))
+            .collect()
     });
     for member in members {
         out.write_all(&member?)?;

@@ -80,7 +80,8 @@ pub struct Packed {
 /// # Errors
 /// A file owned by an id over 65,535, one that [`Inspect`] refuses, and whatever I/O says.
 pub fn pack(options: &PackOptions, out: &mut impl Write, inspect: &mut dyn Inspect) -> Result<Packed> {
-    let mut packer = Packer { options, out, inspect, links: HashMap::new(), packed: Packed::default(), buffer: vec![0; 256 << 10] };
+    let mut packer =
+        Packer { options, out, inspect, links: HashMap::new(), packed: Packed::default(), buffer: vec![0; 256 << 10] };
     packer.folder(Path::new(""))?;
     // Two zero blocks end an archive (POSIX ustar).
     packer.out.write_all(&[0; 1024])?;
@@ -100,7 +101,8 @@ struct Packer<'a, W: Write> {
 impl<W: Write> Packer<'_, W> {
     fn folder(&mut self, relative: &Path) -> Result<()> {
         let dir = self.options.dir.join(relative);
-        let mut names: Vec<OsString> = fs_err::read_dir(&dir)?.map(|entry| entry.map(|entry| entry.file_name())).collect::<Result<_, _>>()?;
+        let mut names: Vec<OsString> =
+            fs_err::read_dir(&dir)?.map(|entry| entry.map(|entry| entry.file_name())).collect::<Result<_, _>>()?;
         names.sort();
         for name in names {
             self.entry(&relative.join(&name), &name)?;
@@ -122,14 +124,18 @@ impl<W: Write> Packer<'_, W> {
             self.packed.dropped.push(relative.display().to_string());
             return Ok(());
         }
-        if self.options.skip_empty.iter().any(|skip| skip == relative) && self.is_empty(&path, &meta)? && !self.is_below(relative) {
+        if self.options.skip_empty.iter().any(|skip| skip == relative) && self.is_empty(&path, &meta)? && !self.is_below(relative)
+        {
             return Ok(());
         }
         if meta.uid() > MAX_ID || meta.gid() > MAX_ID {
             let id = meta.uid().max(meta.gid());
-            return Err(Problem::failed(format!("`/{}` belongs to id {id}; a layer holds owners up to {MAX_ID}", relative.display()))
-                .hint("chown it to a lower id in the script")
-                .into());
+            return Err(Problem::failed(format!(
+                "`/{}` belongs to id {id}; a layer holds owners up to {MAX_ID}",
+                relative.display()
+            ))
+            .hint("chown it to a lower id in the script")
+            .into());
         }
         if kind.is_dir() {
             let mut entry = relative.as_os_str().to_os_string();
@@ -194,7 +200,14 @@ impl<W: Write> Packer<'_, W> {
         self.write_header(relative, tar::EntryType::Regular, &Owner { mode: 0o644, uid: 0, gid: 0 }, 0, None, &[])
     }
 
-    fn header(&mut self, relative: &Path, meta: &std::fs::Metadata, kind: tar::EntryType, size: u64, link: Option<&OsStr>) -> Result<()> {
+    fn header(
+        &mut self,
+        relative: &Path,
+        meta: &std::fs::Metadata,
+        kind: tar::EntryType,
+        size: u64,
+        link: Option<&OsStr>,
+    ) -> Result<()> {
         let xattrs = match kind {
             tar::EntryType::Regular | tar::EntryType::Directory => read_xattrs(&self.options.dir.join(relative))?,
             _ => Vec::new(),
@@ -377,7 +390,14 @@ mod tests {
     use std::os::unix::fs::PermissionsExt as _;
 
     fn options(dir: &Path) -> PackOptions {
-        PackOptions { dir: dir.into(), lowers: vec![], epoch: 1_700_000_000, skip: vec![], skip_content: vec![], skip_empty: vec![] }
+        PackOptions {
+            dir: dir.into(),
+            lowers: vec![],
+            epoch: 1_700_000_000,
+            skip: vec![],
+            skip_content: vec![],
+            skip_empty: vec![],
+        }
     }
 
     fn packed(dir: &Path) -> Vec<u8> {
@@ -404,7 +424,12 @@ mod tests {
         fs_err::hard_link(dir.path().join("b"), dir.path().join("c")).unwrap();
         fs_err::os::unix::fs::symlink("../x/./y", dir.path().join("a")).unwrap();
         let text = witness(&packed(dir.path()));
-        let rows: Vec<String> = text.lines().map(|line| line.split_whitespace().filter(|word| !word.contains(['/']) || word.contains("..")).collect::<Vec<_>>().join(" ")).collect();
+        let rows: Vec<String> = text
+            .lines()
+            .map(|line| {
+                line.split_whitespace().filter(|word| !word.contains(['/']) || word.contains("..")).collect::<Vec<_>>().join(" ")
+            })
+            .collect();
         assert_eq!(rows[0], "lrwxrwxrwx 0 2023-11-14 22:13:20 a -> ../x/./y");
         assert_eq!(rows[1], "-rwsr-xr-x 3 2023-11-14 22:13:20 b");
         assert_eq!(rows[2], "hrwsr-xr-x 0 2023-11-14 22:13:20 c link to b");

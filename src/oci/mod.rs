@@ -1,8 +1,8 @@
 //! The OCI formats: digests, layouts, layers, registries.
 
 pub mod compress;
+pub mod credentials;
 pub mod digest;
 pub mod layer;
-pub mod credentials;
 pub mod registry;
 pub mod unpack;

@@ -42,7 +42,8 @@ pub struct Unpacked {
 pub fn unpack(reader: impl Read, root: &Path) -> Result<Unpacked> {
     let root_fd = rustix::fs::open(root, OFlags::DIRECTORY | OFlags::PATH | OFlags::CLOEXEC, Mode::empty())
         .with_context(|| format!("cannot open `{}`", root.display()))?;
-    let mut unpacker = Unpacker { root: root_fd, parent: None, folders: Vec::new(), result: Unpacked::default(), buffer: vec![0; 256 << 10] };
+    let mut unpacker =
+        Unpacker { root: root_fd, parent: None, folders: Vec::new(), result: Unpacked::default(), buffer: vec![0; 256 << 10] };
     let mut archive = tar::Archive::new(Zeros { inner: reader, run: 0 });
     for entry in archive.entries()? {
         let mut entry = entry.map_err(|error| broken(&error))?;
@@ -52,7 +53,12 @@ pub fn unpack(reader: impl Read, root: &Path) -> Result<Unpacked> {
     }
     let zeros = archive.into_inner().run;
     if zeros < BLOCK {
-        return Err(broken(&std::io::Error::other(if unpacker.result.entries == 0 { "it is empty" } else { "its end is missing" })).into());
+        return Err(broken(&std::io::Error::other(if unpacker.result.entries == 0 {
+            "it is empty"
+        } else {
+            "its end is missing"
+        }))
+        .into());
     }
     unpacker.finish()
 }
@@ -78,9 +84,11 @@ impl<R: Read> Read for Zeros<R> {
 
 fn broken(error: &std::io::Error) -> Problem {
     // The reader's words may quote the archive: one line without control characters is told.
-    let text: String = error.to_string().chars().map_while(|c| (!c.is_control() && c != char::REPLACEMENT_CHARACTER).then_some(c)).collect();
+    let text: String =
+        error.to_string().chars().map_while(|c| (!c.is_control() && c != char::REPLACEMENT_CHARACTER).then_some(c)).collect();
     let text = text.trim_end_matches(|c: char| !c.is_alphanumeric());
-    Problem::failed(format!("the archive is broken: {text}")).hint("is it a whole tar file, plain or compressed with gzip or zstd? `tar -tf FILE` tells")
+    Problem::failed(format!("the archive is broken: {text}"))
+        .hint("is it a whole tar file, plain or compressed with gzip or zstd? `tar -tf FILE` tells")
 }
 
 struct Unpacker {
@@ -102,7 +110,9 @@ fn safe(name: &[u8]) -> Result<PathBuf> {
             Component::RootDir | Component::CurDir => {}
             Component::ParentDir | Component::Prefix(_) => {
                 let name = String::from_utf8_lossy(name);
-                return Err(Problem::failed(format!("the archive names `{name}`, which leads out of its tree")).hint(REMAKE).into());
+                return Err(Problem::failed(format!("the archive names `{name}`, which leads out of its tree"))
+                    .hint(REMAKE)
+                    .into());
             }
         }
     }
@@ -131,7 +141,8 @@ impl Unpacker {
             Some(Whiteout::Remove(name)) => {
                 let parent = self.parent()?;
                 remove(parent, &name)?;
-                return rustix::fs::mknodat(parent, name.as_os_str(), rustix::fs::FileType::CharacterDevice, Mode::empty(), 0).context("cannot make a whiteout");
+                return rustix::fs::mknodat(parent, name.as_os_str(), rustix::fs::FileType::CharacterDevice, Mode::empty(), 0)
+                    .context("cannot make a whiteout");
             }
             None => {}
         }
@@ -188,7 +199,9 @@ impl Unpacker {
                 }
                 self.open_in_root(path).map_err(|error| match error {
                     rustix::io::Errno::NOENT | rustix::io::Errno::LOOP => {
-                        Problem::failed(format!("`{}` is a symbolic link to nothing in the archive", path.display())).hint(REMAKE).into()
+                        Problem::failed(format!("`{}` is a symbolic link to nothing in the archive", path.display()))
+                            .hint(REMAKE)
+                            .into()
                     }
                     error => anyhow::Error::new(error).context(format!("cannot make folder `{}`", path.display())),
                 })?
@@ -273,7 +286,8 @@ impl Unpacker {
 
     fn hard_link(&mut self, target: &[u8], name: &OsStr) -> Result<()> {
         let target = safe(target)?;
-        let missing = || Problem::failed(format!("hard link to `{}`, which is not in the archive", target.display())).hint(REMAKE);
+        let missing =
+            || Problem::failed(format!("hard link to `{}`, which is not in the archive", target.display())).hint(REMAKE);
         let target_name = target.file_name().ok_or_else(missing)?;
         let folder = self.open_in_root(target.parent().unwrap_or(Path::new(""))).map_err(|_| missing())?;
         let parent = self.parent()?;
@@ -346,7 +360,8 @@ fn remove(parent: BorrowedFd<'_>, name: &OsStr) -> Result<()> {
 }
 
 fn set_xattr(fd: BorrowedFd<'_>, name: &OsStr, value: &[u8]) -> Result<()> {
-    rustix::fs::fsetxattr(fd, name, value, rustix::fs::XattrFlags::empty()).with_context(|| format!("cannot set xattr `{}`", name.display()))
+    rustix::fs::fsetxattr(fd, name, value, rustix::fs::XattrFlags::empty())
+        .with_context(|| format!("cannot set xattr `{}`", name.display()))
 }
 
 fn set_xattrs(fd: BorrowedFd<'_>, entry: &mut tar::Entry<'_, impl Read>) -> Result<()> {
@@ -416,7 +431,10 @@ mod tests {
             (vec![("/etc/x", file, "1")], Ok(vec!["etc", "etc/x"])),
             (vec![("../x", file, "1")], Err("leads out of its tree")),
             (vec![("a/../../x", file, "1")], Err("leads out of its tree")),
-            (vec![("up", EntryType::Symlink, "../../outside"), ("up/x", file, "1")], Err("`up` is a symbolic link to nothing in the archive")),
+            (
+                vec![("up", EntryType::Symlink, "../../outside"), ("up/x", file, "1")],
+                Err("`up` is a symbolic link to nothing in the archive"),
+            ),
             (vec![("abs", EntryType::Symlink, "/"), ("abs/x", file, "1")], Ok(vec!["abs", "x"])),
             (vec![("h", EntryType::Link, "../../etc/passwd")], Err("leads out of its tree")),
             (vec![("h", EntryType::Link, "/etc/passwd")], Err("hard link to `etc/passwd`, which is not in the archive")),
@@ -444,7 +462,9 @@ mod tests {
     fn a_truncated_archive_is_an_error() {
         let bytes = archive(&[("x", EntryType::Regular, "hello")]);
         let dir = tempfile::tempdir().unwrap();
-        for (length, message) in [(514, "unexpected EOF"), (300, "failed to read entire block"), (1024, "its end is missing"), (0, "it is empty")] {
+        for (length, message) in
+            [(514, "unexpected EOF"), (300, "failed to read entire block"), (1024, "its end is missing"), (0, "it is empty")]
+        {
             let error = unpack(&bytes[..length], dir.path()).unwrap_err();
             assert!(format!("{error:#}").contains(&format!("the archive is broken: {message}")), "{length}: {error:#}");
         }
@@ -458,7 +478,14 @@ mod tests {
         fs_err::hard_link(from.path().join("a/b/c"), from.path().join("a/d")).unwrap();
         fs_err::os::unix::fs::symlink("b/c", from.path().join("a/e")).unwrap();
         fs_err::File::create(from.path().join("sparse")).unwrap().set_len(4 << 20).unwrap();
-        let options = |dir: &Path| PackOptions { dir: dir.into(), lowers: vec![], epoch: 9, skip: vec![], skip_content: vec![], skip_empty: vec![] };
+        let options = |dir: &Path| PackOptions {
+            dir: dir.into(),
+            lowers: vec![],
+            epoch: 9,
+            skip: vec![],
+            skip_content: vec![],
+            skip_empty: vec![],
+        };
         let mut first = Vec::new();
         pack(&options(from.path()), &mut first, &mut Anything).unwrap();
         let to = tempfile::tempdir().unwrap();

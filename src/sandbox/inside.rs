@@ -60,14 +60,17 @@ enum Stage {
 }
 
 fn enter(args: &[String], channel: &Channel) -> Result<Stage> {
-    let [parent, network, fault] = args else { anyhow::bail!(Problem::usage("the unshare process is started by `pipeline` itself")) };
+    let [parent, network, fault] = args else {
+        anyhow::bail!(Problem::usage("the unshare process is started by `pipeline` itself"))
+    };
     let parent: i32 = parent.parse().context("the parent's process id")?;
     if let Ok(nth) = fault.parse::<i64>()
         && nth > 0
     {
         crate::fault::arm(nth);
     }
-    let mut flags = UnshareFlags::NEWUSER | UnshareFlags::NEWNS | UnshareFlags::NEWPID | UnshareFlags::NEWIPC | UnshareFlags::NEWUTS;
+    let mut flags =
+        UnshareFlags::NEWUSER | UnshareFlags::NEWNS | UnshareFlags::NEWPID | UnshareFlags::NEWIPC | UnshareFlags::NEWUTS;
     let own_network = network == "own-network";
     if own_network {
         flags |= UnshareFlags::NEWNET;
@@ -85,7 +88,8 @@ fn enter(args: &[String], channel: &Channel) -> Result<Stage> {
     if rustix::process::getppid().map(Pid::as_raw_pid) != Some(parent) {
         anyhow::bail!("the parent is gone");
     }
-    rustix::mount::mount_change("/", MountPropagationFlags::REC | MountPropagationFlags::PRIVATE).context("cannot make the mounts private")?;
+    rustix::mount::mount_change("/", MountPropagationFlags::REC | MountPropagationFlags::PRIVATE)
+        .context("cannot make the mounts private")?;
     if own_network {
         loopback_up().context("cannot bring up the loopback device")?;
     }
@@ -96,10 +100,12 @@ fn enter(args: &[String], channel: &Channel) -> Result<Stage> {
     // Nothing of the caller's in what is made here.
     rustix::process::umask(rustix::fs::Mode::from_raw_mode(0o022));
     rustix::system::sethostname(b"pipeline").context("cannot set the host name of the namespace")?;
-    rustix::mount::mount("proc", "/proc", "proc", MountFlags::NOSUID | MountFlags::NODEV | MountFlags::NOEXEC, None).map_err(|error| {
-        Problem::failed(format!("cannot mount /proc in a new process namespace: {error}"))
-            .hint("in a container, give it `--security-opt systempaths=unconfined`; `pipeline doctor` tells more")
-    })?;
+    rustix::mount::mount("proc", "/proc", "proc", MountFlags::NOSUID | MountFlags::NODEV | MountFlags::NOEXEC, None).map_err(
+        |error| {
+            Problem::failed(format!("cannot mount /proc in a new process namespace: {error}"))
+                .hint("in a container, give it `--security-opt systempaths=unconfined`; `pipeline doctor` tells more")
+        },
+    )?;
     Ok(Stage::Inside)
 }
 
@@ -111,7 +117,9 @@ fn unshare(flags: UnshareFlags) -> rustix::io::Result<()> {
 fn refused(error: rustix::io::Errno) -> anyhow::Error {
     // The kernel's words would be those of a full disk.
     let words = if error == rustix::io::Errno::NOSPC { "no more of them are allowed (ENOSPC)".into() } else { error.to_string() };
-    Problem::failed(format!("unshare: a new user namespace is refused: {words}")).hint("`pipeline doctor` looks for the cause").into()
+    Problem::failed(format!("unshare: a new user namespace is refused: {words}"))
+        .hint("`pipeline doctor` looks for the cause")
+        .into()
 }
 
 fn become_root() -> Result<()> {
@@ -134,7 +142,11 @@ fn wait(child: Pid) -> u8 {
     loop {
         match rustix::process::waitpid(Some(child), rustix::process::WaitOptions::empty()) {
             Ok(Some((_, status))) => {
-                return status.exit_status().map_or(128 + u8::try_from(status.terminating_signal().unwrap_or(0)).unwrap_or(0), |code| u8::try_from(code).unwrap_or(1));
+                return status
+                    .exit_status()
+                    .map_or(128 + u8::try_from(status.terminating_signal().unwrap_or(0)).unwrap_or(0), |code| {
+                        u8::try_from(code).unwrap_or(1)
+                    });
             }
             Err(rustix::io::Errno::INTR) | Ok(None) => {}
             Err(_) => return 1,
@@ -179,4 +191,3 @@ fn serve(channel: &Channel, calls: &Calls) -> Result<()> {
         channel.send(&answer.unwrap_or_else(|error| Event::Failed(Failure::of(&error))), &[])?;
     }
 }
-

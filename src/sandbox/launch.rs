@@ -31,8 +31,20 @@ const CONNECT_TIMEOUT: Duration = Duration::from_millis(500);
 const OUTPUT: usize = 64 << 10;
 /// What a command may do as root of the tree: Docker's default set.
 const CAPABILITIES: [&str; 14] = [
-    "CAP_CHOWN", "CAP_DAC_OVERRIDE", "CAP_FSETID", "CAP_FOWNER", "CAP_MKNOD", "CAP_NET_RAW", "CAP_SETGID", "CAP_SETUID", "CAP_SETFCAP",
-    "CAP_SETPCAP", "CAP_NET_BIND_SERVICE", "CAP_SYS_CHROOT", "CAP_KILL", "CAP_AUDIT_WRITE",
+    "CAP_CHOWN",
+    "CAP_DAC_OVERRIDE",
+    "CAP_FSETID",
+    "CAP_FOWNER",
+    "CAP_MKNOD",
+    "CAP_NET_RAW",
+    "CAP_SETGID",
+    "CAP_SETUID",
+    "CAP_SETFCAP",
+    "CAP_SETPCAP",
+    "CAP_NET_BIND_SERVICE",
+    "CAP_SYS_CHROOT",
+    "CAP_KILL",
+    "CAP_AUDIT_WRITE",
 ];
 
 /// Runs `spec` to its end. `stdio` holds standard input, output and error when they are passed.
@@ -43,7 +55,8 @@ pub fn run(spec: &RunSpec, channel: &Channel, stdio: Vec<OwnedFd>) -> Result<Exi
     if spec.program {
         check_program(spec, &mounted.root)?;
     }
-    let command = if user.uid == 0 && user.gid == 0 && !spec.program { bubblewrap(spec, &mounted) } else { runc(spec, &mounted, &user)? };
+    let command =
+        if user.uid == 0 && user.gid == 0 && !spec.program { bubblewrap(spec, &mounted) } else { runc(spec, &mounted, &user)? };
     let mut child = spawn(spec, command, stdio, group)?;
     follow(spec, channel, &mut child)
 }
@@ -63,15 +76,25 @@ fn check_program(spec: &RunSpec, root: &Path) -> Result<()> {
             Mount::Overlay { .. } => false,
         })
     };
-    let top = rustix::fs::open(root, OFlags::PATH | OFlags::DIRECTORY | OFlags::CLOEXEC, Mode::empty()).with_context(|| format!("cannot open `{}`", root.display()))?;
+    let top = rustix::fs::open(root, OFlags::PATH | OFlags::DIRECTORY | OFlags::CLOEXEC, Mode::empty())
+        .with_context(|| format!("cannot open `{}`", root.display()))?;
     let is_program = |place: &Path| {
-        let file = rustix::fs::openat2(&top, place, OFlags::PATH | OFlags::CLOEXEC, Mode::empty(), ResolveFlags::IN_ROOT | ResolveFlags::NO_MAGICLINKS);
-        file.and_then(rustix::fs::fstat).is_ok_and(|stat| FileType::from_raw_mode(stat.st_mode) == FileType::RegularFile && stat.st_mode & 0o111 != 0)
+        let file = rustix::fs::openat2(
+            &top,
+            place,
+            OFlags::PATH | OFlags::CLOEXEC,
+            Mode::empty(),
+            ResolveFlags::IN_ROOT | ResolveFlags::NO_MAGICLINKS,
+        );
+        file.and_then(rustix::fs::fstat)
+            .is_ok_and(|stat| FileType::from_raw_mode(stat.st_mode) == FileType::RegularFile && stat.st_mode & 0o111 != 0)
     };
     if places.iter().any(|place| is_mounted(place) || is_program(place)) {
         return Ok(());
     }
-    Err(Problem::failed(format!("the image has no program `{name}`")).hint("write its path, or look at `PATH` in `pipeline artifact show`").into())
+    Err(Problem::failed(format!("the image has no program `{name}`"))
+        .hint("write its path, or look at `PATH` in `pipeline artifact show`")
+        .into())
 }
 
 /// The mounts of one command, undone in reverse order.
@@ -92,8 +115,14 @@ impl Mounted {
             fs_err::create_dir_all(&secrets)?;
             let options = CString::new("mode=0700,size=16m")?;
             fault::point("mount secrets");
-            rustix::mount::mount("tmpfs", &secrets, "tmpfs", MountFlags::NOSUID | MountFlags::NODEV | MountFlags::NOEXEC, options.as_c_str())
-                .context("cannot mount a tmpfs for the secrets")?;
+            rustix::mount::mount(
+                "tmpfs",
+                &secrets,
+                "tmpfs",
+                MountFlags::NOSUID | MountFlags::NODEV | MountFlags::NOEXEC,
+                options.as_c_str(),
+            )
+            .context("cannot mount a tmpfs for the secrets")?;
             mounted.points.push(secrets.clone());
             for (name, value) in &spec.secrets {
                 fs_err::write(secrets.join(name), value)?;
@@ -191,14 +220,22 @@ impl User {
             return Ok(Self { uid: 0, gid: 0, groups: vec![], home: "/root".into() });
         }
         let (name, group) = text.split_once(':').map_or((text, None), |(name, group)| (name, Some(group)));
-        let read = |file: &str| fs_err::read(root.join("etc").join(file)).map(|bytes| String::from_utf8_lossy(&bytes).into_owned()).unwrap_or_default();
+        let read = |file: &str| {
+            fs_err::read(root.join("etc").join(file))
+                .map(|bytes| String::from_utf8_lossy(&bytes).into_owned())
+                .unwrap_or_default()
+        };
         let passwd = read("passwd");
         let groups = read("group");
-        let row = passwd.lines().map(|line| line.split(':').collect::<Vec<_>>()).find(|row| row.len() >= 6 && (row[0] == name || row[2] == name));
+        let row = passwd
+            .lines()
+            .map(|line| line.split(':').collect::<Vec<_>>())
+            .find(|row| row.len() >= 6 && (row[0] == name || row[2] == name));
         let uid = match name.parse() {
             Ok(uid) => uid,
             Err(_) => row.as_ref().and_then(|row| row[2].parse().ok()).ok_or_else(|| {
-                Problem::failed(format!("the image has no user `{name}`")).hint("write `image.user` as UID or UID:GID, or add the user in a configure step")
+                Problem::failed(format!("the image has no user `{name}`"))
+                    .hint("write `image.user` as UID or UID:GID, or add the user in a configure step")
             })?,
         };
         let gid = match group {
@@ -209,7 +246,9 @@ impl User {
                     .map(|line| line.split(':').collect::<Vec<_>>())
                     .find(|row| row.len() >= 3 && row[0] == group)
                     .and_then(|row| row[2].parse().ok())
-                    .ok_or_else(|| Problem::failed(format!("the image has no group `{group}`")).hint("write `image.user` as UID:GID"))?,
+                    .ok_or_else(|| {
+                        Problem::failed(format!("the image has no group `{group}`")).hint("write `image.user` as UID:GID")
+                    })?,
             },
             None => row.as_ref().and_then(|row| row[3].parse().ok()).unwrap_or(0),
         };
@@ -247,7 +286,9 @@ fn bubblewrap(spec: &RunSpec, mounted: &Mounted) -> Cmd {
     }
     for mount in &spec.mounts {
         match mount {
-            Mount::Bind { source, target, writable } => cmd = cmd.arg(if *writable { "--bind" } else { "--ro-bind" }).arg(source).arg(target),
+            Mount::Bind { source, target, writable } => {
+                cmd = cmd.arg(if *writable { "--bind" } else { "--ro-bind" }).arg(source).arg(target)
+            }
             Mount::Tmpfs { target } => cmd = cmd.args(["--perms", "1777", "--tmpfs"]).arg(target),
             Mount::Overlay { .. } => {}
         }
@@ -258,7 +299,16 @@ fn bubblewrap(spec: &RunSpec, mounted: &Mounted) -> Cmd {
     if spec.read_only {
         cmd = cmd.args(["--remount-ro", "/"]);
     }
-    cmd = cmd.args(["--unshare-pid", "--unshare-ipc", "--unshare-uts", "--hostname", "pipeline", "--die-with-parent", "--cap-drop", "ALL"]);
+    cmd = cmd.args([
+        "--unshare-pid",
+        "--unshare-ipc",
+        "--unshare-uts",
+        "--hostname",
+        "pipeline",
+        "--die-with-parent",
+        "--cap-drop",
+        "ALL",
+    ]);
     for capability in CAPABILITIES {
         cmd = cmd.args(["--cap-add", capability]);
     }
@@ -300,14 +350,18 @@ fn runc(spec: &RunSpec, mounted: &Mounted, user: &User) -> Result<Cmd> {
         json!({"destination": "/run", "type": "tmpfs", "source": "tmpfs", "options": ["nosuid", "nodev", "mode=0755", "size=65536k"]}),
     ];
     if spec.read_only {
-        mounts.push(json!({"destination": "/tmp", "type": "tmpfs", "source": "tmpfs", "options": ["nosuid", "nodev", "mode=1777"]}));
+        mounts.push(
+            json!({"destination": "/tmp", "type": "tmpfs", "source": "tmpfs", "options": ["nosuid", "nodev", "mode=1777"]}),
+        );
     }
     for mount in &spec.mounts {
         match mount {
             Mount::Bind { source, target, writable } => {
                 mounts.push(json!({"destination": target, "type": "bind", "source": source, "options": ["rbind", if *writable { "rw" } else { "ro" }]}));
             }
-            Mount::Tmpfs { target } => mounts.push(json!({"destination": target, "type": "tmpfs", "source": "tmpfs", "options": ["nosuid", "nodev", "mode=1777"]})),
+            Mount::Tmpfs { target } => mounts.push(
+                json!({"destination": target, "type": "tmpfs", "source": "tmpfs", "options": ["nosuid", "nodev", "mode=1777"]}),
+            ),
             Mount::Overlay { .. } => {}
         }
     }
@@ -346,7 +400,14 @@ fn runc(spec: &RunSpec, mounted: &Mounted, user: &User) -> Result<Cmd> {
         },
     });
     fs_err::write(bundle.join("config.json"), serde_json::to_vec(&config)?)?;
-    Ok(Cmd::new(program("runc")).env_clear().env("PATH", "/usr/sbin:/usr/bin:/sbin:/bin").arg("--root").arg(&state).args(["run", "--bundle"]).arg(&bundle).arg(format!("pipeline-{}", name_of(spec))))
+    Ok(Cmd::new(program("runc"))
+        .env_clear()
+        .env("PATH", "/usr/sbin:/usr/bin:/sbin:/bin")
+        .arg("--root")
+        .arg(&state)
+        .args(["run", "--bundle"])
+        .arg(&bundle)
+        .arg(format!("pipeline-{}", name_of(spec))))
 }
 
 fn spawn(spec: &RunSpec, command: Cmd, stdio: Vec<OwnedFd>, group: Group) -> Result<Running> {
@@ -403,7 +464,10 @@ fn follow(spec: &RunSpec, channel: &Channel, running: &mut Running) -> Result<Ex
         let left = deadline.filter(|_| !timed_out).map(|deadline| deadline.saturating_duration_since(Instant::now()));
         // After the end only what is in the pipe still counts: a stray child may hold it open.
         let wait = if ended { Some(Duration::from_millis(20)) } else { left };
-        let timeout = wait.map(|wait| Timespec { tv_sec: i64::try_from(wait.as_secs()).unwrap_or(i64::MAX), tv_nsec: wait.subsec_nanos().into() });
+        let timeout = wait.map(|wait| Timespec {
+            tv_sec: i64::try_from(wait.as_secs()).unwrap_or(i64::MAX),
+            tv_nsec: wait.subsec_nanos().into(),
+        });
         let (ready_channel, ready_exit, ready_output) = {
             let watch = if ended { PollFlags::empty() } else { PollFlags::IN };
             let mut fds = vec![PollFd::new(&channel.0, watch), PollFd::new(&pidfd, watch)];
@@ -486,7 +550,14 @@ fn control(spec: &RunSpec, channel: &Channel, running: &mut Running) -> Result<(
         }
         Request::Check { argv } => {
             let state = spec.work.join("runc");
-            let check = Cmd::new(program("runc")).env_clear().env("PATH", "/usr/sbin:/usr/bin:/sbin:/bin").arg("--root").arg(state).arg("exec").arg(format!("pipeline-{}", name_of(spec))).args(argv);
+            let check = Cmd::new(program("runc"))
+                .env_clear()
+                .env("PATH", "/usr/sbin:/usr/bin:/sbin:/bin")
+                .arg("--root")
+                .arg(state)
+                .arg("exec")
+                .arg(format!("pipeline-{}", name_of(spec)))
+                .args(argv);
             let good = check.output().is_ok_and(|output| output.status.success());
             channel.send(&Event::Checked(good), &[])?;
         }

@@ -37,7 +37,10 @@ impl Group {
             let (root, files): (PathBuf, [(&str, Option<u64>); 2]) = if controllers.is_empty() {
                 ("/sys/fs/cgroup".into(), [("memory.max", limits.memory), ("pids.max", limits.processes)])
             } else {
-                (Path::new("/sys/fs/cgroup").join(controllers), [("memory.limit_in_bytes", limits.memory), ("pids.max", limits.processes)])
+                (
+                    Path::new("/sys/fs/cgroup").join(controllers),
+                    [("memory.limit_in_bytes", limits.memory), ("pids.max", limits.processes)],
+                )
             };
             if !controllers.is_empty() && !controllers.split(',').any(|name| name == "memory" || name == "pids") {
                 continue;
@@ -57,7 +60,11 @@ impl Group {
             for (file, value) in files {
                 if let Some(value) = value
                     && dir.join(file).exists()
-                    && std::fs::OpenOptions::new().write(true).open(dir.join(file)).and_then(|mut file| std::io::Write::write_all(&mut file, value.to_string().as_bytes())).is_ok()
+                    && std::fs::OpenOptions::new()
+                        .write(true)
+                        .open(dir.join(file))
+                        .and_then(|mut file| std::io::Write::write_all(&mut file, value.to_string().as_bytes()))
+                        .is_ok()
                 {
                     group.memory |= file.starts_with("memory");
                     group.processes |= file.starts_with("pids");
@@ -76,7 +83,11 @@ impl Group {
     /// Puts the calling process in; between fork and exec.
     pub fn enter(&self) -> std::io::Result<()> {
         for dir in &self.dirs {
-            let file = rustix::fs::open(dir.join("cgroup.procs"), rustix::fs::OFlags::WRONLY | rustix::fs::OFlags::CLOEXEC, rustix::fs::Mode::empty())?;
+            let file = rustix::fs::open(
+                dir.join("cgroup.procs"),
+                rustix::fs::OFlags::WRONLY | rustix::fs::OFlags::CLOEXEC,
+                rustix::fs::Mode::empty(),
+            )?;
             rustix::io::write(&file, b"0")?;
         }
         Ok(())
@@ -128,8 +139,11 @@ fn remove_empty(above: &Path) {
 
 /// The lock of a group, unless somebody else has it.
 fn lock(dir: &Path) -> std::io::Result<OwnedFd> {
-    let fd = rustix::fs::open(dir, rustix::fs::OFlags::RDONLY | rustix::fs::OFlags::DIRECTORY | rustix::fs::OFlags::CLOEXEC, rustix::fs::Mode::empty())?;
+    let fd = rustix::fs::open(
+        dir,
+        rustix::fs::OFlags::RDONLY | rustix::fs::OFlags::DIRECTORY | rustix::fs::OFlags::CLOEXEC,
+        rustix::fs::Mode::empty(),
+    )?;
     rustix::fs::flock(&fd, rustix::fs::FlockOperation::NonBlockingLockExclusive)?;
     Ok(fd)
 }
-

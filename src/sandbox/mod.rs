@@ -25,8 +25,8 @@ use anyhow::{Context as _, Result};
 use serde::Serialize;
 use serde::de::DeserializeOwned;
 
-pub use protocol::{Exit, Limits, Mount, Network, RunSpec};
 use protocol::{Channel, Event, Frame, Request};
+pub use protocol::{Exit, Limits, Mount, Network, RunSpec};
 
 use crate::cmd::Cmd;
 use crate::error::Problem;
@@ -107,12 +107,19 @@ impl Session {
     }
 
     /// [`Session::call`], with the notes the function sends meanwhile.
-    pub fn call_noting<A: Serialize, R: DeserializeOwned>(&self, name: &str, args: &A, note: &mut dyn FnMut(Vec<u8>)) -> Result<R> {
+    pub fn call_noting<A: Serialize, R: DeserializeOwned>(
+        &self,
+        name: &str,
+        args: &A,
+        note: &mut dyn FnMut(Vec<u8>),
+    ) -> Result<R> {
         self.channel.send(&Request::Call { name: name.into(), args: serde_json::to_value(args)? }, &[])?;
         loop {
             match self.next()? {
                 Answer::Output(bytes) => note(bytes),
-                Answer::Event(Event::Done(value), _) => return serde_json::from_value(value).with_context(|| format!("cannot read the answer of `{name}`")),
+                Answer::Event(Event::Done(value), _) => {
+                    return serde_json::from_value(value).with_context(|| format!("cannot read the answer of `{name}`"));
+                }
                 Answer::Event(Event::Failed(failure), _) => return Err(failure.into_error()),
                 Answer::Event(Event::Note(text), _) => note(text.into_bytes()),
                 // Answers to what was asked of a command just before it ended.
@@ -200,7 +207,9 @@ impl Session {
             None => {
                 let status = self.child.lock().ok().and_then(|mut child| child.as_mut().and_then(|child| child.wait().ok()));
                 let how = status.map_or_else(|| "an unknown status".into(), crate::cmd::describe);
-                Err(Problem::failed(format!("the unshare process ended with {how}")).hint("it may have been killed, or have run out of memory").into())
+                Err(Problem::failed(format!("the unshare process ended with {how}"))
+                    .hint("it may have been killed, or have run out of memory")
+                    .into())
             }
         }
     }

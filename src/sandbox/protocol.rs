@@ -167,10 +167,20 @@ pub struct Limits {
 
 #[derive(Debug, Clone, Serialize, Deserialize)]
 pub enum Mount {
-    Bind { source: PathBuf, target: PathBuf, writable: bool },
+    Bind {
+        source: PathBuf,
+        target: PathBuf,
+        writable: bool,
+    },
     /// A private writable view of `lower`; changes go to a folder below `scratch` and are lost.
-    Overlay { lower: PathBuf, scratch: PathBuf, target: PathBuf },
-    Tmpfs { target: PathBuf },
+    Overlay {
+        lower: PathBuf,
+        scratch: PathBuf,
+        target: PathBuf,
+    },
+    Tmpfs {
+        target: PathBuf,
+    },
 }
 
 impl std::fmt::Debug for RunSpec {
@@ -208,8 +218,12 @@ impl Channel {
         if !fds.is_empty() && !control.push(SendAncillaryMessage::ScmRights(fds)) {
             anyhow::bail!("too many file descriptors for one frame");
         }
-        let sent = rustix::net::sendmsg(&self.0, &[IoSlice::new(&header)], &mut control, SendFlags::NOSIGNAL).context("cannot write to the socket pair")?;
-        (&self.0).write_all(&header[sent..]).and_then(|()| (&self.0).write_all(payload)).context("cannot write to the socket pair")
+        let sent = rustix::net::sendmsg(&self.0, &[IoSlice::new(&header)], &mut control, SendFlags::NOSIGNAL)
+            .context("cannot write to the socket pair")?;
+        (&self.0)
+            .write_all(&header[sent..])
+            .and_then(|()| (&self.0).write_all(payload))
+            .context("cannot write to the socket pair")
     }
 
     /// The next frame; `None` when the other end is gone.
@@ -270,7 +284,8 @@ mod tests {
 
     #[test]
     fn an_error_chain_survives() {
-        let error = anyhow::Error::new(Problem::transient("no mirror").hint("wait")).context("cannot fetch").context("cannot build");
+        let error =
+            anyhow::Error::new(Problem::transient("no mirror").hint("wait")).context("cannot fetch").context("cannot build");
         let back = Failure::of(&error).into_error();
         assert_eq!(format!("{back:#}"), "cannot build: cannot fetch: no mirror");
         assert_eq!((crate::error::exit_code(&back), crate::error::hints(&back)), (75, vec!["wait".to_string()]));

@@ -217,8 +217,10 @@ impl<'a> Writer<'a> {
         if let Some(file) = self.file.filter(|_| self.temporary.is_none()) {
             let folder = file.parent().context("the stat cache has no folder")?;
             fs_err::create_dir_all(folder)?;
-            let temporary =
-                tempfile::Builder::new().prefix(".tmp-").tempfile_in(folder).with_context(|| format!("cannot write the stat cache in `{}`", folder.display()))?;
+            let temporary = tempfile::Builder::new()
+                .prefix(".tmp-")
+                .tempfile_in(folder)
+                .with_context(|| format!("cannot write the stat cache in `{}`", folder.display()))?;
             let stat = temporary.as_file().metadata()?;
             self.began = stat.mtime().wrapping_mul(1_000_000_000).wrapping_add(stat.mtime_nsec());
             self.temporary = Some(temporary);

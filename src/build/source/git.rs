@@ -167,7 +167,14 @@ fn read(opened: &Opened, root: &Path, listing: &Digest, cache: Option<&Path>) ->
     if let Some(cache) = cache.filter(|_| new != old) {
         store(cache, &new)?;
     }
-    Ok(Some(GitState { head: new.head, branch: new.branch, origin: new.origin, last_commit: new.last_commit, changed: new.changed, cut: new.cut }))
+    Ok(Some(GitState {
+        head: new.head,
+        branch: new.branch,
+        origin: new.origin,
+        last_commit: new.last_commit,
+        changed: new.changed,
+        cut: new.cut,
+    }))
 }
 
 /// Whether the cache answers for this listing without libgit2.
@@ -183,7 +190,10 @@ fn load(cache: &Path) -> Cached {
 fn store(cache: &Path, cached: &Cached) -> Result<()> {
     let folder = cache.parent().context("the cache file has no folder")?;
     fs::create_dir_all(folder)?;
-    let temporary = tempfile::Builder::new().prefix(".tmp-").tempfile_in(folder).with_context(|| format!("cannot write in `{}`", folder.display()))?;
+    let temporary = tempfile::Builder::new()
+        .prefix(".tmp-")
+        .tempfile_in(folder)
+        .with_context(|| format!("cannot write in `{}`", folder.display()))?;
     fs::write(temporary.path(), serde_json::to_vec(cached)?)?;
     temporary.persist(cache).with_context(|| format!("cannot write `{}`", cache.display()))?;
     Ok(())
