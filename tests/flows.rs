@@ -145,6 +145,9 @@ fn run_serves_and_stops() {
             assert!(std::time::Instant::now() < patience, "outlives a killed `run`: {:#?}", alive());
             std::thread::sleep(Duration::from_millis(20));
         }
+        // No control group is made for it, so none can be left when it is killed.
+        let groups = project.pipeline(&["run", "tiny", "--port", "0", "--", "cat", "/proc/self/cgroup"]).ok().stdout;
+        assert_eq!(groups, fs_err::read_to_string("/proc/self/cgroup").unwrap());
         assert_eq!(project.build(&[]).ran, [""; 0]);
         project.assert_clean();
     }
