@@ -227,7 +227,7 @@ fn a_work_folder_on_another_file_system() {
             assert_eq!(leftovers(&other), [""; 0]);
             project.edit("src/index.html", "tiny", "tiny");
         }
-        // A failure and a kill leave nothing there either.
+        // A failure leaves nothing there either.
         assemble(&project, "exit 3");
         project.bare(&["--root"]).arg(&other).args(&["build", "--work-dir"]).arg(work.path()).run().code(1);
         assert_eq!(fs_err::read_dir(work.path()).unwrap().count(), 0);

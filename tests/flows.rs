@@ -1,9 +1,9 @@
 //! What a user does, from `init` to `prune`, with the built program: on a small base of busybox for
 //! root and for an ordinary user, and with the repository's own pipelines on Debian.
 
-mod common;
 #[path = "flows/bases.rs"]
 mod bases;
+mod common;
 #[path = "flows/debian.rs"]
 mod debian;
 #[path = "flows/docker.rs"]
@@ -26,7 +26,12 @@ fn plan_build_again_and_explain() {
         let project = Project::tiny(user);
         let planned = |project: &Project| -> Vec<(String, bool)> {
             let plan = project.json(&["plan"]);
-            plan["steps"].as_array().unwrap().iter().map(|step| (step["name"].as_str().unwrap().into(), step["cached"].as_bool().unwrap())).collect()
+            plan["steps"]
+                .as_array()
+                .unwrap()
+                .iter()
+                .map(|step| (step["name"].as_str().unwrap().into(), step["cached"].as_bool().unwrap()))
+                .collect()
         };
         let all = |cached: bool| TINY_STEPS.map(|step| (step.to_string(), cached)).to_vec();
         assert_eq!(planned(&project), all(false));
@@ -42,9 +47,21 @@ fn plan_build_again_and_explain() {
         project.edit("src/index.html", "tiny", "other");
         let plan = project.pipeline(&["plan"]).ok();
         plan.prints("file `index.html` changed");
-        project.pipeline(&["explain"]).ok().prints("the next build of `tiny`:\n").prints("  application: will run\n    because file `index.html` changed\n");
-        project.pipeline(&["build"]).ok().says("tiny: 3 steps, 2 cached").says("application: running, because file `index.html` changed");
-        project.pipeline(&["explain"]).ok().prints("nothing would run; the last build of `tiny` that ran something:\n").prints("  application: ran\n    because file `index.html` changed\n");
+        project
+            .pipeline(&["explain"])
+            .ok()
+            .prints("the next build of `tiny`:\n")
+            .prints("  application: will run\n    because file `index.html` changed\n");
+        project
+            .pipeline(&["build"])
+            .ok()
+            .says("tiny: 3 steps, 2 cached")
+            .says("application: running, because file `index.html` changed");
+        project
+            .pipeline(&["explain"])
+            .ok()
+            .prints("nothing would run; the last build of `tiny` that ran something:\n")
+            .prints("  application: ran\n    because file `index.html` changed\n");
         project.assert_clean();
     }
 }
@@ -56,7 +73,11 @@ fn an_unchanged_build_starts_no_process() {
     for user in users() {
         let project = Project::tiny(user);
         let first = project.build(&[]);
-        let script = format!("cp {} own && exec 3<own && rm own && PATH=/nonexistent exec /proc/self/fd/3 --root {} \"$@\"", binary().display(), project.root.display());
+        let script = format!(
+            "cp {} own && exec 3<own && rm own && PATH=/nonexistent exec /proc/self/fd/3 --root {} \"$@\"",
+            binary().display(),
+            project.root.display()
+        );
         let alone = |args: &[&str]| project.program("sh").args(&["-c", &script, "sh"]).args(args).run();
         let again = alone(&["build", "--json"]);
         again.code(0);
@@ -85,7 +106,18 @@ fn run_serves_and_stops() {
             project.assert_clean();
         }
         // One that does not care is killed when it is asked twice.
-        let mut stubborn = project.pipeline(&["run", "tiny", "--port", "0", "--", "sh", "-c", "trap '' INT; echo ready; sleep 60 & wait; wait; sleep 60"]).start();
+        let mut stubborn = project
+            .pipeline(&[
+                "run",
+                "tiny",
+                "--port",
+                "0",
+                "--",
+                "sh",
+                "-c",
+                "trap '' INT; echo ready; sleep 60 & wait; wait; sleep 60",
+            ])
+            .start();
         stubborn.wait_for("ready");
         stubborn.signal(SIGINT);
         std::thread::sleep(Duration::from_millis(300));
@@ -96,7 +128,11 @@ fn run_serves_and_stops() {
         // A port that is taken is told before anything starts.
         let taken = std::net::TcpListener::bind("127.0.0.1:0").unwrap();
         let port = taken.local_addr().unwrap().port().to_string();
-        project.pipeline(&["run", "tiny", "--port", &port]).run().code(125).says(&format!("port {port} on 127.0.0.1 cannot be had"));
+        project
+            .pipeline(&["run", "tiny", "--port", &port])
+            .run()
+            .code(125)
+            .says(&format!("port {port} on 127.0.0.1 cannot be had"));
         // When it is killed, so is the program.
         let mut running = project.pipeline(&["run", "tiny", "--port", "0"]).start();
         running.port();
@@ -109,7 +145,31 @@ fn run_serves_and_stops() {
             assert!(std::time::Instant::now() < patience, "outlives a killed `run`: {:#?}", alive());
             std::thread::sleep(Duration::from_millis(20));
         }
+        // No control group is made for it, so none can be left when it is killed.
+        let groups = project.pipeline(&["run", "tiny", "--port", "0", "--", "cat", "/proc/self/cgroup"]).ok().stdout;
+        assert_eq!(groups, fs_err::read_to_string("/proc/self/cgroup").unwrap());
         assert_eq!(project.build(&[]).ran, [""; 0]);
+        project.assert_clean();
+    }
+}
+
+/// Two at once have nothing in common: one that ends takes nothing of the other along.
+#[test]
+fn two_runs_at_once() {
+    for user in users() {
+        let project = Project::tiny(user);
+        project.build(&[]);
+        let mut running = [0, 1].map(|_| project.pipeline(&["run", "tiny", "--port", "0"]).start());
+        let ports = running.each_mut().map(|one| one.port());
+        let answers = || ports.map(|port| get(port, "/").0);
+        assert_eq!(answers(), [200, 200]);
+        running[0].signal(SIGTERM);
+        let ended = running[0].wait(Duration::from_secs(8));
+        assert!(!ended.code(143).stderr.contains("cgroup"), "{}", ended.stderr);
+        assert_eq!(get(ports[1], "/").0, 200);
+        running[1].signal(SIGTERM);
+        let ended = running[1].wait(Duration::from_secs(8));
+        assert!(!ended.code(143).stderr.contains("cgroup"), "{}", ended.stderr);
         project.assert_clean();
     }
 }
@@ -118,9 +178,15 @@ fn run_serves_and_stops() {
 fn run_gives_the_program_what_the_image_says() {
     for user in users() {
         let project = Project::tiny(user);
-        project.edit("pipeline.yaml", "image:\n", "image:\n  volumes: [/var/lib/data, /opt/app/cache]\n  env: { GREETING: \"hello world\" }\n  workdir: /opt/app\n");
+        project.edit(
+            "pipeline.yaml",
+            "image:\n",
+            "image:\n  volumes: [/var/lib/data, /opt/app/cache]\n  env: { GREETING: \"hello world\" }\n  workdir: /opt/app\n",
+        );
         project.build(&[]);
-        let sh = |script: &str| project.pipeline(&["run", "tiny", "--port", "0", "--quiet", "--env", "MORE=x=y", "--", "sh", "-c", script]).run();
+        let sh = |script: &str| {
+            project.pipeline(&["run", "tiny", "--port", "0", "--quiet", "--env", "MORE=x=y", "--", "sh", "-c", script]).run()
+        };
         let prints = |script: &str, expected: &str| {
             let answer = sh(script);
             answer.code(0);
@@ -130,27 +196,47 @@ fn run_gives_the_program_what_the_image_says() {
         prints("pwd; echo $GREETING; echo $MORE", "/opt/app\nhello world\nx=y\n");
         prints("echo out; echo err >&2; cat", "out\n");
         prints("touch /tmp/x /var/lib/data/x /opt/app/cache/x && echo written", "written\n");
-        prints("grep -c ' / overlay ro\\| / [a-z]* ro' /proc/mounts > /dev/null; touch /opt/app/x 2>&1 || true", "touch: /opt/app/x: Read-only file system\n");
+        prints(
+            "grep -c ' / overlay ro\\| / [a-z]* ro' /proc/mounts > /dev/null; touch /opt/app/x 2>&1 || true",
+            "touch: /opt/app/x: Read-only file system\n",
+        );
         prints("awk '$2 == \"/tmp\" {print $3}' /proc/mounts", "tmpfs\n");
         // The image's own folder is the start of a volume; nothing of a run stays.
         prints("ls /var/lib/data; ls /tmp", "");
         // No network but the own loopback.
         prints("ls /sys/class/net 2>/dev/null || awk -F: 'NR > 2 {print $1}' /proc/net/dev | tr -d ' '", "lo\n");
-        for (script, status) in [("exit 7", 7), ("sh -c 'kill -9 $$'; exit $?", 137), ("sh -c 'kill -15 $$'; exit $?", 143), ("true", 0)] {
+        for (script, status) in
+            [("exit 7", 7), ("sh -c 'kill -9 $$'; exit $?", 137), ("sh -c 'kill -15 $$'; exit $?", 143), ("true", 0)]
+        {
             sh(script).code(status);
         }
         let folder = project.beside("volume");
         fs_err::set_permissions(&folder, std::os::unix::fs::PermissionsExt::from_mode(0o777)).unwrap();
         let volume = format!("{}:/var/lib/data", folder.display());
-        project.pipeline(&["run", "tiny", "--port", "0", "--volume", &volume, "--", "sh", "-c", "echo kept > /var/lib/data/x"]).ok();
+        project
+            .pipeline(&["run", "tiny", "--port", "0", "--volume", &volume, "--", "sh", "-c", "echo kept > /var/lib/data/x"])
+            .ok();
         assert_eq!(fs_err::read_to_string(folder.join("x")).unwrap(), "kept\n");
         let typed = project.pipeline(&["run", "tiny", "--port", "0", "--interactive", "--", "cat"]).input("typed\n").run();
         assert_eq!(typed.code(0).stdout, "typed\n");
-        project.pipeline(&["run", "tiny", "--port", "0", "--", "no-such-program"]).run().code(125).says("error: the image has no program `no-such-program`");
-        project.pipeline(&["run", "tiny", "--port", "0", "--", "/opt/app/index.html"]).run().code(125).says("error: the image has no program `/opt/app/index.html`");
+        project
+            .pipeline(&["run", "tiny", "--port", "0", "--", "no-such-program"])
+            .run()
+            .code(125)
+            .says("error: the image has no program `no-such-program`");
+        project
+            .pipeline(&["run", "tiny", "--port", "0", "--", "/opt/app/index.html"])
+            .run()
+            .code(125)
+            .says("error: the image has no program `/opt/app/index.html`");
         project.pipeline(&["run", "tinny"]).run().code(125).says("the store has no image `tinny`").says("did you mean `tiny`?");
         project.edit("pipeline.yaml", "name: tiny", "name: unbuilt");
-        project.pipeline(&["run", "unbuilt"]).run().code(125).says("`unbuilt` is not built yet").says("hint: pipeline build unbuilt");
+        project
+            .pipeline(&["run", "unbuilt"])
+            .run()
+            .code(125)
+            .says("`unbuilt` is not built yet")
+            .says("hint: pipeline build unbuilt");
         project.assert_clean();
     }
 }
@@ -164,11 +250,15 @@ fn artifacts_are_listed_moved_verified_and_pruned() {
         let digest = project.build(&[]).digest;
         project.pipeline(&["artifact", "list"]).ok().prints("NAME").prints("tiny:latest").prints("1980-01-02T00:00:00Z");
         let listed = project.json(&["artifact", "list"]);
-        assert_eq!((listed["images"].as_array().unwrap().len(), listed["images"][0]["digest"].as_str()), (1, Some(digest.as_str())));
+        assert_eq!(
+            (listed["images"].as_array().unwrap().len(), listed["images"][0]["digest"].as_str()),
+            (1, Some(digest.as_str()))
+        );
         let shown = project.json(&["artifact", "show", "tiny:latest"]);
         assert_eq!(shown["config"]["Cmd"], serde_json::json!(["/usr/libexec/s2i/run"]));
         assert_eq!(shown["config"]["User"], "1001:0");
-        let made: Vec<&str> = shown["layers"].as_array().unwrap().iter().map(|layer| layer["made_by"].as_str().unwrap()).collect();
+        let made: Vec<&str> =
+            shown["layers"].as_array().unwrap().iter().map(|layer| layer["made_by"].as_str().unwrap()).collect();
         assert_eq!(made, ["pipeline base", "pipeline dependencies", "pipeline application"]);
         // By digest, by its start, by a name that is nearly one.
         for name in [digest.as_str(), &digest[7..27]] {
@@ -192,13 +282,20 @@ fn artifacts_are_listed_moved_verified_and_pruned() {
         // What others read in it: the OCI layout, and Docker's own form.
         let inspect = project.program("skopeo").arg("inspect").arg(format!("oci-archive:{}", file.display())).ok().json();
         assert_eq!(inspect["Digest"].as_str(), Some(digest.as_str()));
-        let docker = project.program("skopeo").args(&["--insecure-policy", "--tmpdir", "/tmp", "copy"]).arg(format!("docker-archive:{}", file.display())).arg(format!("dir:{}", project.beside("dir").display()));
+        let docker = project
+            .program("skopeo")
+            .args(&["--insecure-policy", "--tmpdir", "/tmp", "copy"])
+            .arg(format!("docker-archive:{}", file.display()))
+            .arg(format!("dir:{}", project.beside("dir").display()));
         docker.ok();
 
         let other = project.beside("other");
         let elsewhere = |args: &[&str]| project.bare(&["--root", other.to_str().unwrap()]).args(args);
         assert_eq!(elsewhere(&["artifact", "load", "tiny.oci.tar"]).ok().stdout, format!("tiny:latest {digest}\n"));
-        assert_eq!(elsewhere(&["artifact", "load", "-"]).input(piped.bytes.clone()).ok().stdout, format!("tiny:latest {digest}\n"));
+        assert_eq!(
+            elsewhere(&["artifact", "load", "-"]).input(piped.bytes.clone()).ok().stdout,
+            format!("tiny:latest {digest}\n")
+        );
         elsewhere(&["artifact", "verify", "tiny"]).ok().prints("5 blobs are as their digests say");
         assert_eq!(elsewhere(&["run", "tiny", "--port", "0", "--", "cat", "/opt/app/index.html"]).ok().stdout, "<h1>tiny</h1>\n");
         elsewhere(&["artifact", "load", "pipeline.yaml"]).run().code(1);
@@ -249,7 +346,10 @@ fn corrupt(project: &Project) {
     project.pipeline(&["artifact", "verify", "tiny"]).run().code(1).says(&format!("blob {layer} is corrupt"));
     let again = project.pipeline(&["build", "--json"]).ok();
     again.says(&format!("blob {layer} of step `application` is corrupt; it is built again"));
-    assert_eq!((common::built(&again).ran, again.json()["digest"].as_str()), (vec!["application".to_string()], shown["digest"].as_str()));
+    assert_eq!(
+        (common::built(&again).ran, again.json()["digest"].as_str()),
+        (vec!["application".to_string()], shown["digest"].as_str())
+    );
     project.pipeline(&["artifact", "verify", "tiny"]).ok();
 }
 
@@ -260,13 +360,17 @@ fn skopeo_reads_the_store_also_while_a_build_is_running() {
         let project = Project::tiny(user);
         let first = project.build(&[]).digest;
         let image = format!("oci:{}:tiny:latest", project.root.join("store").display());
-        let inspected = || project.program("skopeo").args(&["inspect", &image]).ok().json()["Digest"].as_str().unwrap().to_string();
+        let inspected =
+            || project.program("skopeo").args(&["inspect", &image]).ok().json()["Digest"].as_str().unwrap().to_string();
         assert_eq!(inspected(), first);
         project.edit("builder/s2i/bin/assemble", "date > /dev/null", "echo waiting; sleep 2");
         let mut running = project.pipeline(&["build", "--verbose"]).start();
         running.wait_for("waiting");
         let copy = project.beside("copy");
-        project.program("skopeo").args(&["--insecure-policy", "copy", "--quiet", &image, &format!("oci:{}:tiny:1", copy.display())]).ok();
+        project
+            .program("skopeo")
+            .args(&["--insecure-policy", "copy", "--quiet", &image, &format!("oci:{}:tiny:1", copy.display())])
+            .ok();
         assert_eq!(inspected(), first);
         assert!(!running.is_over(), "the build was to be running");
         running.wait(Duration::from_secs(60)).code(0);
@@ -297,19 +401,33 @@ fn two_builds_at_once() {
 fn two_pipelines_share_a_base_and_a_sub_folder_finds_them() {
     for user in users() {
         let project = Project::tiny(user);
-        let file = project.read("pipeline.yaml").replace("base.tar", "../base.tar").replace("./builder", "../builder").replace("path: src", "path: ../src");
+        let file = project
+            .read("pipeline.yaml")
+            .replace("base.tar", "../base.tar")
+            .replace("./builder", "../builder")
+            .replace("path: src", "path: ../src");
         fs_err::remove_file(project.path("pipeline.yaml")).unwrap();
         project.write("pipelines/tiny.yaml", &file);
-        project.write("pipelines/second.yaml", file.replace("name: tiny", "name: second").replace("  path: ../src", "  path: ../other"));
+        project.write(
+            "pipelines/second.yaml",
+            file.replace("name: tiny", "name: second").replace("  path: ../src", "  path: ../other"),
+        );
         project.write("other/lock.txt", "other 2.0\n");
         project.write("other/index.html", "other\n");
         let below = project.path("src");
         let build = |name: &str| common::built(&project.pipeline(&["build", "--json", name]).dir(&below).ok());
         assert_eq!(build("tiny").ran, TINY_STEPS);
         assert_eq!(build("second").ran, ["dependencies", "application"]);
-        project.pipeline(&["build"]).dir(&below).run().code(2).says("has several pipelines: `second` and `tiny`").says("add the name of one to the command");
+        project
+            .pipeline(&["build"])
+            .dir(&below)
+            .run()
+            .code(2)
+            .says("has several pipelines: `second` and `tiny`")
+            .says("add the name of one to the command");
         project.pipeline(&["build", "secnd"]).dir(&below).run().code(2).says("did you mean `second`?");
-        let layers = |name: &str| -> Vec<Value> { project.json(&["artifact", "show", name])["layers"].as_array().unwrap().clone() };
+        let layers =
+            |name: &str| -> Vec<Value> { project.json(&["artifact", "show", name])["layers"].as_array().unwrap().clone() };
         assert_eq!(layers("tiny")[0], layers("second")[0]);
         assert_ne!(layers("tiny")[2], layers("second")[2]);
         project.assert_clean();
@@ -322,7 +440,12 @@ fn a_failing_script_tells_its_status_its_last_lines_and_its_log() {
         let project = Project::tiny(user);
         project.edit("builder/s2i/bin/assemble", "echo assembled", "seq 1 50; echo the end >&2; exit 3");
         let failed = project.pipeline(&["build", "--json"]).run();
-        failed.code(1).says("step `application` of `tiny` failed: `assemble` exited with status 3; its last lines:\n").says("  | 22\n").says("  | the end\n").says_not("  | 21\n");
+        failed
+            .code(1)
+            .says("step `application` of `tiny` failed: `assemble` exited with status 3; its last lines:\n")
+            .says("  | 22\n")
+            .says("  | the end\n")
+            .says_not("  | 21\n");
         assert_eq!(failed.stdout, "");
         let log = failed.stderr.lines().find_map(|line| line.strip_prefix("hint: the whole log is ")).unwrap();
         let log = fs_err::read_to_string(log).unwrap();
@@ -343,16 +466,31 @@ fn progress_and_answers_have_their_forms() {
     const DOCUMENTED: [&str; 8] = ["plan", "step-start", "step-output", "step-end", "note", "warning", "built", "error"];
     let project = Project::tiny(me());
     let events = |answer: &common::Answer| -> Vec<Value> {
-        let events: Vec<Value> = answer.stderr.lines().map(|line| serde_json::from_str(line).unwrap_or_else(|error| panic!("{error}: {line}"))).collect();
+        let events: Vec<Value> = answer
+            .stderr
+            .lines()
+            .map(|line| serde_json::from_str(line).unwrap_or_else(|error| panic!("{error}: {line}")))
+            .collect();
         for event in &events {
             assert!(DOCUMENTED.contains(&event["event"].as_str().unwrap()), "{event} is not in docs/progress.md");
         }
         events
     };
     let first = project.pipeline(&["build", "--progress", "json"]).ok();
-    let told: Vec<String> = events(&first).iter().map(|event| format!("{} {}", event["event"].as_str().unwrap(), event["step"].as_str().unwrap_or_default())).collect();
+    let told: Vec<String> = events(&first)
+        .iter()
+        .map(|event| format!("{} {}", event["event"].as_str().unwrap(), event["step"].as_str().unwrap_or_default()))
+        .collect();
     let expected = [
-        "plan ", "step-start base", "step-end base", "step-start dependencies", "step-end dependencies", "step-start application", "step-output application", "step-end application", "built ",
+        "plan ",
+        "step-start base",
+        "step-end base",
+        "step-start dependencies",
+        "step-end dependencies",
+        "step-start application",
+        "step-output application",
+        "step-end application",
+        "built ",
     ];
     assert_eq!(told, expected);
     let again = project.pipeline(&["build", "--progress", "json"]).ok();
@@ -380,7 +518,11 @@ fn the_program_tells_about_itself() {
     let commit = project.bare(&["--version", "--json"]).ok().json();
     assert_eq!((commit["version"].as_str(), commit["builders"].as_object().unwrap().len()), (Some(env!("CARGO_PKG_VERSION")), 3));
     let shown = project.bare(&["--version"]).ok().stdout;
-    assert!(shown.starts_with(&format!("pipeline {}", env!("CARGO_PKG_VERSION"))) && shown.contains(commit["commit"].as_str().unwrap()), "{shown}");
+    assert!(
+        shown.starts_with(&format!("pipeline {}", env!("CARGO_PKG_VERSION")))
+            && shown.contains(commit["commit"].as_str().unwrap()),
+        "{shown}"
+    );
     let schema = project.bare(&["schema"]).ok().json();
     assert_eq!(schema["properties"]["base"]["$ref"], "#/$defs/Base", "{schema:#}");
     for shell in ["bash", "zsh", "fish", "elvish", "powershell"] {

@@ -92,7 +92,11 @@ const CASES: &[Case] = &[
             project.write("src/new.html/inner", "new");
         },
         from: Some("application"),
-        reasons: &["application: file `new.html` is of another kind", "application: file `new.html/inner` is new", APPLICATION_BELOW],
+        reasons: &[
+            "application: file `new.html` is of another kind",
+            "application: file `new.html/inner` is new",
+            APPLICATION_BELOW,
+        ],
     },
     Case {
         name: "the builder's assemble",
@@ -114,7 +118,9 @@ const CASES: &[Case] = &[
     },
     Case {
         name: "a script of the source's own",
-        change: |project| project.write_script("src/.s2i/bin/assemble", "#!/bin/sh\nmkdir -p /opt/app\ncp -r /tmp/src/. /opt/app\necho own\n"),
+        change: |project| {
+            project.write_script("src/.s2i/bin/assemble", "#!/bin/sh\nmkdir -p /opt/app\ncp -r /tmp/src/. /opt/app\necho own\n")
+        },
         from: Some("application"),
         reasons: &["application: file `.s2i/bin/assemble` is new", "application: file `.s2i/bin` is new", APPLICATION_BELOW],
     },
@@ -122,7 +128,12 @@ const CASES: &[Case] = &[
         name: "a lock file",
         change: |project| project.edit_stealthily("src/lock.txt", "1.0", "1.1"),
         from: Some("dependencies"),
-        reasons: &["dependencies: file `lock.txt` changed", "application: file `lock.txt` changed", DEPENDENCIES_BELOW, APPLICATION_BELOW],
+        reasons: &[
+            "dependencies: file `lock.txt` changed",
+            "application: file `lock.txt` changed",
+            DEPENDENCIES_BELOW,
+            APPLICATION_BELOW,
+        ],
     },
     Case {
         name: "a variable of the build",
@@ -140,13 +151,22 @@ const CASES: &[Case] = &[
         name: "a variable of the builder",
         change: |project| project.edit("builder/builder.yaml", "port: 8080", "port: 8080\nenv: { LEVEL: \"1\" }"),
         from: Some("dependencies"),
-        reasons: &["dependencies: builder variable `LEVEL` is new", "application: builder variable `LEVEL` is new", DEPENDENCIES_BELOW, APPLICATION_BELOW],
+        reasons: &[
+            "dependencies: builder variable `LEVEL` is new",
+            "application: builder variable `LEVEL` is new",
+            DEPENDENCIES_BELOW,
+            APPLICATION_BELOW,
+        ],
     },
     Case {
         name: "a variable of .s2i/environment",
         change: |project| project.edit("src/.s2i/environment", "red", "blue"),
         from: Some("application"),
-        reasons: &["application: file `.s2i/environment` changed", "application: s2i variable `COLOUR` changed from `red` to `blue`", APPLICATION_BELOW],
+        reasons: &[
+            "application: file `.s2i/environment` changed",
+            "application: s2i variable `COLOUR` changed from `red` to `blue`",
+            APPLICATION_BELOW,
+        ],
     },
     Case {
         name: "the configure script",
@@ -177,7 +197,13 @@ const CASES: &[Case] = &[
         name: "limits",
         change: |project| project.edit("pipeline.yaml", "build:\n", "build:\n  limits: { processes: 500 }\n"),
         from: Some("dependencies"),
-        reasons: &["dependencies: limits is new", "application: limits is new", DEPENDENCIES_BELOW, "configure-1: limits is new", APPLICATION_BELOW],
+        reasons: &[
+            "dependencies: limits is new",
+            "application: limits is new",
+            DEPENDENCIES_BELOW,
+            "configure-1: limits is new",
+            APPLICATION_BELOW,
+        ],
     },
     Case {
         name: "the base",
@@ -209,17 +235,39 @@ const CASES: &[Case] = &[
     Case {
         name: "bits of a mode that are the umask's",
         change: |project| {
-            for (name, mode) in [("src/index.html", 0o700), ("src/lock.txt", 0o664), ("src", 0o775), ("configure/tune.sh", 0o700), ("builder/s2i/bin/assemble", 0o600), ("pipeline.yaml", 0o600)] {
+            for (name, mode) in [
+                ("src/index.html", 0o700),
+                ("src/lock.txt", 0o664),
+                ("src", 0o775),
+                ("configure/tune.sh", 0o700),
+                ("builder/s2i/bin/assemble", 0o600),
+                ("pipeline.yaml", 0o600),
+            ] {
                 project.mode(name, mode);
             }
         },
         from: None,
         reasons: &[],
     },
-    Case { name: "a file of the builder that is no script", change: |project| project.write("builder/README.md", "about"), from: None, reasons: &[] },
-    Case { name: "a comment in the pipeline file", change: |project| project.edit("pipeline.yaml", "name: tiny", "# a comment\nname:   tiny"), from: None, reasons: &[] },
+    Case {
+        name: "a file of the builder that is no script",
+        change: |project| project.write("builder/README.md", "about"),
+        from: None,
+        reasons: &[],
+    },
+    Case {
+        name: "a comment in the pipeline file",
+        change: |project| project.edit("pipeline.yaml", "name: tiny", "# a comment\nname:   tiny"),
+        from: None,
+        reasons: &[],
+    },
     Case { name: "a file beside the source", change: |project| project.write("notes.txt", "beside"), from: None, reasons: &[] },
-    Case { name: "the timeout of a step", change: |project| project.edit("pipeline.yaml", "build:\n", "build:\n  timeout: 5m\n"), from: None, reasons: &[] },
+    Case {
+        name: "the timeout of a step",
+        change: |project| project.edit("pipeline.yaml", "build:\n", "build:\n  timeout: 5m\n"),
+        from: None,
+        reasons: &[],
+    },
 ];
 
 fn set_old(project: &Project, name: &str) {
@@ -239,7 +287,8 @@ fn each_change_runs_the_right_steps_and_explain_names_it() {
             let told = explain(&project, "s3cret-1");
             (case.change)(&project);
             let what = format!("{} ({user:?})", case.name);
-            let expected: Vec<&str> = case.from.map_or(vec![], |from| STEPS[STEPS.iter().position(|step| *step == from).unwrap()..].to_vec());
+            let expected: Vec<&str> =
+                case.from.map_or(vec![], |from| STEPS[STEPS.iter().position(|step| *step == from).unwrap()..].to_vec());
             if case.from.is_some() {
                 assert_same(&explain(&project, "s3cret-1"), case.reasons, &format!("{what}, before the build"));
             }
@@ -271,7 +320,16 @@ fn assert_same(found: &[String], expected: &[&str], what: &str) {
 fn what_only_the_configuration_holds_runs_nothing_and_changes_the_digest() {
     let project = project(me());
     let mut seen = vec![build(&project, "s3cret-1").digest];
-    let edits = [("GREETING: hello", "GREETING: bye"), ("  port: 8080\n", "  port: 8080\n  labels: { a: b }\n"), ("  port: 8080\n", "  port: 8081\n"), ("image:\n", "image:\n  command: [/bin/true]\n"), ("image:\n", "image:\n  workdir: /opt\n"), ("image:\n", "image:\n  user: \"1002\"\n"), ("image:\n", "image:\n  volumes: [/data]\n"), ("http: /", "http: /x")];
+    let edits = [
+        ("GREETING: hello", "GREETING: bye"),
+        ("  port: 8080\n", "  port: 8080\n  labels: { a: b }\n"),
+        ("  port: 8080\n", "  port: 8081\n"),
+        ("image:\n", "image:\n  command: [/bin/true]\n"),
+        ("image:\n", "image:\n  workdir: /opt\n"),
+        ("image:\n", "image:\n  user: \"1002\"\n"),
+        ("image:\n", "image:\n  volumes: [/data]\n"),
+        ("http: /", "http: /x"),
+    ];
     for (old, new) in edits {
         project.edit("pipeline.yaml", old, new);
         let now = build(&project, "s3cret-1");
@@ -287,7 +345,13 @@ fn a_rotated_secret_runs_its_steps_again_and_is_told_by_its_name_only() {
         let project = project(user);
         let first = build(&project, "s3cret-1");
         assert_eq!(build(&project, "s3cret-1").ran, [""; 0]);
-        let reasons = ["dependencies: secret `token` changed", "application: secret `token` changed", DEPENDENCIES_BELOW, "configure-1: secret `token` changed", APPLICATION_BELOW];
+        let reasons = [
+            "dependencies: secret `token` changed",
+            "application: secret `token` changed",
+            DEPENDENCIES_BELOW,
+            "configure-1: secret `token` changed",
+            APPLICATION_BELOW,
+        ];
         assert_same(&explain(&project, "s3cret-2"), &reasons, "another value");
         let second = build(&project, "s3cret-2");
         assert_eq!(second.ran, &STEPS[1..]);
@@ -314,8 +378,21 @@ fn who_builds_where_and_when_runs_nothing() {
         let args = ["build", "--json"];
         again(&project, "umask 077", run(&project, "s3cret-1", &args).wrap(&["sh", "-c", "umask 077; exec \"$@\"", "sh"]));
         again(&project, "from a sub-folder", run(&project, "s3cret-1", &args).dir(project.path("src")));
-        again(&project, "by the file's name", run(&project, "s3cret-1", &["build", "--json", "../pipeline.yaml"]).dir(project.path("src")));
-        again(&project, "other variables", run(&project, "s3cret-1", &args).env("LANG", "de_DE.UTF-8").env("TZ", "Asia/Tokyo").env("MODE", "z").env("COLOUR", "z").env("HOSTNAME", "z"));
+        again(
+            &project,
+            "by the file's name",
+            run(&project, "s3cret-1", &["build", "--json", "../pipeline.yaml"]).dir(project.path("src")),
+        );
+        again(
+            &project,
+            "other variables",
+            run(&project, "s3cret-1", &args)
+                .env("LANG", "de_DE.UTF-8")
+                .env("TZ", "Asia/Tokyo")
+                .env("MODE", "z")
+                .env("COLOUR", "z")
+                .env("HOSTNAME", "z"),
+        );
         common::tool("faketime", "faketime");
         again(&project, "two years later", run(&project, "s3cret-1", &args).wrap(&["faketime", "-f", "+730d"]));
         let moved = project.dir.with_file_name("moved");
@@ -372,11 +449,26 @@ fn commits_that_do_not_touch_the_source_change_nothing() {
         assert_eq!((common::built(&dirty).ran, dirty.json()["changed_files"].as_u64()), (vec!["application".into()], Some(1)));
         project.git(&["add", "--all"]);
         let date = "2025-01-02T03:04:05Z";
-        let mut commit = project.program("git").args(&["-c", "user.name=x", "-c", "user.email=x@example.org", "commit", "--quiet", "-m", "second"]);
+        let mut commit = project.program("git").args(&[
+            "-c",
+            "user.name=x",
+            "-c",
+            "user.email=x@example.org",
+            "commit",
+            "--quiet",
+            "-m",
+            "second",
+        ]);
         commit = commit.env("GIT_AUTHOR_DATE", date).env("GIT_COMMITTER_DATE", date);
         commit.ok();
         let run = |args: &[&str]| project.pipeline(args).dir(&place).ok();
-        let told: Vec<String> = run(&["explain", "--json"]).json()["steps"].as_array().unwrap().iter().flat_map(|step| step["changes"].as_array().unwrap().clone()).map(|change| change.as_str().unwrap().into()).collect();
+        let told: Vec<String> = run(&["explain", "--json"]).json()["steps"]
+            .as_array()
+            .unwrap()
+            .iter()
+            .flat_map(|step| step["changes"].as_array().unwrap().clone())
+            .map(|change| change.as_str().unwrap().into())
+            .collect();
         assert_eq!(told, ["date changed from 2024-05-06T07:08:09Z to 2025-01-02T03:04:05Z"]);
         assert_eq!(build().ran, ["application"]);
         project.assert_clean();

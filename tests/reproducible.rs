@@ -57,19 +57,36 @@ fn surroundings_do_not_matter() {
     for compression in ["zstd", "gzip"] {
         let mut expected: Option<(String, String)> = None;
         for user in users() {
-            let ways: Vec<(&str, Box<dyn Fn(Run) -> Run>)> = vec![
+            type Way<'a> = Box<dyn Fn(Run) -> Run + 'a>;
+            let ways: Vec<(&str, Way<'_>)> = vec![
                 ("as it is", Box::new(|run| run)),
-                ("umask 077, one core, another time zone and language", Box::new(|run| {
-                    run.wrap(&["sh", "-c", "umask 077; exec \"$@\"", "sh", "taskset", "-c", "0"]).env("TZ", "Pacific/Auckland").env("LANG", "tr_TR.UTF-8").env("LC_ALL", "C")
-                })),
-                ("umask 000, a year later, more variables", Box::new(|run| {
-                    run.wrap(&["sh", "-c", "umask 000; exec \"$@\"", "sh", "faketime", "-f", "+400d"]).env("FOO", "bar").env("COLOUR", "blue").env("USER", "x").env("SHELL", "/x")
-                })),
-                ("another host name", Box::new(|run| match user {
-                    // Only root may name a host; in a namespace of its own it stays there.
-                    User::Root => run.wrap(&["unshare", "--uts", "sh", "-c", "hostname elsewhere; exec \"$@\"", "sh"]),
-                    User::Ordinary => run.env("HOSTNAME", "elsewhere").env("HOST", "elsewhere"),
-                })),
+                (
+                    "umask 077, one core, another time zone and language",
+                    Box::new(|run| {
+                        run.wrap(&["sh", "-c", "umask 077; exec \"$@\"", "sh", "taskset", "-c", "0"])
+                            .env("TZ", "Pacific/Auckland")
+                            .env("LANG", "tr_TR.UTF-8")
+                            .env("LC_ALL", "C")
+                    }),
+                ),
+                (
+                    "umask 000, a year later, more variables",
+                    Box::new(|run| {
+                        run.wrap(&["sh", "-c", "umask 000; exec \"$@\"", "sh", "faketime", "-f", "+400d"])
+                            .env("FOO", "bar")
+                            .env("COLOUR", "blue")
+                            .env("USER", "x")
+                            .env("SHELL", "/x")
+                    }),
+                ),
+                (
+                    "another host name",
+                    Box::new(|run| match user {
+                        // Only root may name a host; in a namespace of its own it stays there.
+                        User::Root => run.wrap(&["unshare", "--uts", "sh", "-c", "hostname elsewhere; exec \"$@\"", "sh"]),
+                        User::Ordinary => run.env("HOSTNAME", "elsewhere").env("HOST", "elsewhere"),
+                    }),
+                ),
             ];
             for (name, way) in ways {
                 let project = project(user, compression);
@@ -106,7 +123,11 @@ fn a_commit_gives_the_same_image_in_every_clone() {
         let clone = project.beside("clone");
         fs_err::write(project.home.join(".gitconfig"), "[safe]\n\tdirectory = *\n").unwrap();
         let umask = if user == User::Root { "umask 002; exec \"$@\"" } else { "umask 077; exec \"$@\"" };
-        project.program("git").args(&["clone", "--quiet", origin.dir.to_str().unwrap(), clone.to_str().unwrap()]).wrap(&["sh", "-c", umask, "sh"]).ok();
+        project
+            .program("git")
+            .args(&["clone", "--quiet", origin.dir.to_str().unwrap(), clone.to_str().unwrap()])
+            .wrap(&["sh", "-c", umask, "sh"])
+            .ok();
         project.dir = clone;
         project.write("base.tar", common::tiny_base());
         digests.push(project.build(&[]).digest);

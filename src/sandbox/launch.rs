@@ -425,7 +425,10 @@ fn spawn(spec: &RunSpec, command: Cmd, stdio: Vec<OwnedFd>, group: Group) -> Res
     }
     let group = std::sync::Arc::new(group);
     let (limits, entered) = (spec.limits.clone(), group.clone());
-    limit(&mut command, move || entered.enter().and_then(|()| entered.set_rlimits(&limits)));
+    before_exec(&mut command, move || entered.enter().and_then(|()| entered.set_rlimits(&limits)));
+    if !program_is_bubblewrap(&program) {
+        before_exec(&mut command, freeze_control_groups);
+    }
     let child = command.spawn().map_err(|error| {
         let name = program.split(' ').next().unwrap_or_default().to_string();
         if error.kind() == std::io::ErrorKind::NotFound {
@@ -439,8 +442,37 @@ fn spawn(spec: &RunSpec, command: Cmd, stdio: Vec<OwnedFd>, group: Group) -> Res
     Ok(Running { child, output, _group: group })
 }
 
-#[expect(unsafe_code, reason = "pre_exec: open, write and setrlimit only, in a single-threaded process")]
-fn limit(command: &mut Command, set: impl FnMut() -> std::io::Result<()> + Send + Sync + 'static) {
+fn program_is_bubblewrap(line: &str) -> bool {
+    line.split(' ').next().is_some_and(|program| program.ends_with("bwrap"))
+}
+
+/// Shows runc the control groups read-only, in a mount namespace of its own: as root it would make
+/// groups, and leave them behind when it is killed. Then it goes on without any, as it does for an
+/// ordinary user. Before Linux 5.12 nothing can do that, and it makes its groups.
+#[expect(unsafe_code, reason = "unshare and mount_setattr(2), which rustix does not have")]
+fn freeze_control_groups() -> std::io::Result<()> {
+    /// fcntl.h
+    const AT_RECURSIVE: libc::c_int = 0x8000;
+    /// linux/mount.h, `struct mount_attr`: flags to set (read-only), flags to clear, propagation, user namespace.
+    const READ_ONLY: [u64; 4] = [1, 0, 0, 0];
+    unsafe {
+        if libc::unshare(libc::CLONE_NEWNS) != 0 {
+            return Err(std::io::Error::last_os_error());
+        }
+        libc::syscall(
+            libc::SYS_mount_setattr,
+            libc::AT_FDCWD,
+            c"/sys/fs/cgroup".as_ptr(),
+            AT_RECURSIVE,
+            READ_ONLY.as_ptr(),
+            size_of_val(&READ_ONLY),
+        );
+    }
+    Ok(())
+}
+
+#[expect(unsafe_code, reason = "pre_exec: system calls only, in a single-threaded process")]
+fn before_exec(command: &mut Command, set: impl FnMut() -> std::io::Result<()> + Send + Sync + 'static) {
     unsafe {
         command.pre_exec(set);
     }

@@ -53,20 +53,32 @@ fn an_image_of_a_registry_is_pinned_and_updated() {
         let reference = registry.name(&format!("{name}:1"));
         let project = Project::tiny(user);
         project.edit("pipeline.yaml", "  tar: base.tar\n", &format!("  image: {reference}\n"));
-        project.pipeline(&["build", "--locked"]).run().code(2).says(&format!("image `{reference}` is not in `pipeline.lock`, and `--locked` refuses to resolve"));
+        project
+            .pipeline(&["build", "--locked"])
+            .run()
+            .code(2)
+            .says(&format!("image `{reference}` is not in `pipeline.lock`, and `--locked` refuses to resolve"));
         let first = project.pipeline(&["build", "--json"]).ok();
         first.says("wrote `pipeline.lock`; commit it").says(&format!("pulling {reference}"));
         assert_eq!(common::built(&first).ran, TINY_STEPS);
         project.assert_clean();
         assert_eq!(cat(&project, "tiny", "/etc/mark"), "one\n");
         let shown = project.json(&["artifact", "show", "tiny"]);
-        assert_eq!((shown["layers"].as_array().unwrap().len(), shown["config"]["Labels"]["from.base"].as_str()), (4, Some("yes")));
+        assert_eq!(
+            (shown["layers"].as_array().unwrap().len(), shown["config"]["Labels"]["from.base"].as_str()),
+            (4, Some("yes"))
+        );
         assert!(shown["config"]["Env"].as_array().unwrap().contains(&"FROM_BASE=yes".into()), "{shown:#}");
         assert_eq!(shown["annotations"]["org.opencontainers.image.base.name"], reference.as_str());
         // The tag moves; the lock does not, until it is told to.
         registry.push(&marked(user, "two"), "marked", &format!("{name}:1"));
         assert_eq!(project.build(&["--locked"]).ran, [""; 0]);
-        project.pipeline(&["update", "--check"]).run().code(1).prints(&format!("image {reference}: sha256:")).prints("pipeline.lock was left as it is");
+        project
+            .pipeline(&["update", "--check"])
+            .run()
+            .code(1)
+            .prints(&format!("image {reference}: sha256:"))
+            .prints("pipeline.lock was left as it is");
         assert_eq!(project.build(&["--locked"]).ran, [""; 0]);
         project.pipeline(&["update"]).ok().prints("wrote pipeline.lock");
         project.pipeline(&["update", "--check"]).ok().prints("everything is current");
@@ -93,11 +105,17 @@ fn an_oci_layout_a_tar_and_nothing() {
         for tag in ["", ":some"] {
             let from = format!("oci:{}:marked:latest", source.root.join("store").display());
             project.program("skopeo").args(&["--insecure-policy", "copy", "--quiet", &from, &format!("oci:layout{tag}")]).ok();
-            project.write("pipeline.yaml", format!("name: tiny\nbase:\n  oci: layout{tag}\nruntime: {{ builder: ./builder }}\nsource: {{ path: src }}\n"));
+            project.write(
+                "pipeline.yaml",
+                format!("name: tiny\nbase:\n  oci: layout{tag}\nruntime: {{ builder: ./builder }}\nsource: {{ path: src }}\n"),
+            );
             assert_eq!(project.build(&[]).ran.len(), if tag.is_empty() { 3 } else { 0 });
             assert_eq!(cat(&project, "tiny", "/etc/mark"), "layout\n");
         }
-        project.write("pipeline.yaml", "name: tiny\nbase:\n  oci: layout:none\nruntime: { builder: ./builder }\nsource: { path: src }\n");
+        project.write(
+            "pipeline.yaml",
+            "name: tiny\nbase:\n  oci: layout:none\nruntime: { builder: ./builder }\nsource: { path: src }\n",
+        );
         project.pipeline(&["build"]).run().code(2).says("none");
 
         // Tars: plain, gzip, zstd give the same tree; the compressed file is other bytes, so another key.
@@ -108,7 +126,11 @@ fn an_oci_layout_a_tar_and_nothing() {
             writer.write_all(tiny_base()).unwrap();
             writer.finish().unwrap()
         };
-        for (name, bytes) in [("base.tar", tiny_base().to_vec()), ("base.tar.gz", gzip), ("base.tar.zst", zstd::encode_all(tiny_base(), 1).unwrap())] {
+        for (name, bytes) in [
+            ("base.tar", tiny_base().to_vec()),
+            ("base.tar.gz", gzip),
+            ("base.tar.zst", zstd::encode_all(tiny_base(), 1).unwrap()),
+        ] {
             project.write(name, bytes);
             project.write("pipeline.yaml", format!("name: tarred\nbase: {{ tar: {name} }}\n"));
             assert_eq!(project.build(&[]).ran, ["base"], "{name}");
@@ -176,11 +198,22 @@ chmod 755 /usr/libexec/s2i/*
         project.assert_clean();
         let shown = project.json(&["artifact", "show", "app"]);
         let config = &shown["config"];
-        assert_eq!((config["User"].as_str(), config["WorkingDir"].as_str(), &config["Cmd"]), (Some("1001"), Some("/opt/app-root/src"), &serde_json::json!(["/usr/libexec/s2i/run"])));
+        assert_eq!(
+            (config["User"].as_str(), config["WorkingDir"].as_str(), &config["Cmd"]),
+            (Some("1001"), Some("/opt/app-root/src"), &serde_json::json!(["/usr/libexec/s2i/run"]))
+        );
         let env: Vec<&str> = config["Env"].as_array().unwrap().iter().map(|one| one.as_str().unwrap()).collect();
-        assert!(env.contains(&"COLOUR=red") && env.contains(&"APP_ROOT=/opt/app-root") && !env.iter().any(|one| one.starts_with("MODE=")), "{env:?}");
+        assert!(
+            env.contains(&"COLOUR=red")
+                && env.contains(&"APP_ROOT=/opt/app-root")
+                && !env.iter().any(|one| one.starts_with("MODE=")),
+            "{env:?}"
+        );
         let labels = &config["Labels"];
-        assert_eq!((labels["io.openshift.s2i.build.image"].as_str(), labels["io.k8s.display-name"].as_str()), (Some(reference.as_str()), Some("app")));
+        assert_eq!(
+            (labels["io.openshift.s2i.build.image"].as_str(), labels["io.k8s.display-name"].as_str()),
+            (Some(reference.as_str()), Some("app"))
+        );
         assert_eq!(cat(&project, "app", "/opt/app-root/src/assembled-by"), "1001\n");
         let mut running = project.pipeline(&["run", "app", "--port", "0"]).start();
         let port = running.port();
@@ -192,8 +225,16 @@ chmod 755 /usr/libexec/s2i/*
         assert_eq!(project.build(&[]).ran, ["application"]);
         // An image that is no builder is told.
         registry.push(&marked(user, "plain"), "marked", "plain:1");
-        project.edit("pipeline.yaml", &format!("runtime: {{ image: {reference}"), &format!("runtime: {{ image: {}", registry.name("plain:1")));
-        project.pipeline(&["build"]).run().code(1).says("the runtime image has no label `io.openshift.s2i.scripts-url`, so it is no S2I builder image");
+        project.edit(
+            "pipeline.yaml",
+            &format!("runtime: {{ image: {reference}"),
+            &format!("runtime: {{ image: {}", registry.name("plain:1")),
+        );
+        project
+            .pipeline(&["build"])
+            .run()
+            .code(1)
+            .says("the runtime image has no label `io.openshift.s2i.scripts-url`, so it is no S2I builder image");
         project.assert_clean();
     }
 }
@@ -215,7 +256,11 @@ fn configure_steps_run_in_order_on_the_application() {
         let gone = project.pipeline(&["run", "tiny", "--port", "0", "--", "ls", "/etc/gone", "/bin/yes"]).run();
         gone.code(1);
         project.edit("configure/one.sh", "set -e", "echo no >&2; exit 9");
-        project.pipeline(&["build"]).run().code(1).says("step `configure-1` of `tiny` failed: `one.sh` exited with status 9; its last lines:\n  | no\n");
+        project
+            .pipeline(&["build"])
+            .run()
+            .code(1)
+            .says("step `configure-1` of `tiny` failed: `one.sh` exited with status 9; its last lines:\n  | no\n");
         project.assert_clean();
     }
 }
@@ -244,15 +289,20 @@ fn a_git_repository_is_a_source() {
         let project = Project::tiny(user);
         let url = format!("file://{}", origin.dir.display());
         let file = project.read("pipeline.yaml");
-        let source = |lines: &str| project.write("pipeline.yaml", file.replace("  path: src\n", &format!("  git: {url}\n{lines}")));
+        let source =
+            |lines: &str| project.write("pipeline.yaml", file.replace("  path: src\n", &format!("  git: {url}\n{lines}")));
         let page = || cat(&project, "tiny", "/opt/app/index.html");
 
         source("  ref: v1\n  dir: web\n");
         assert_eq!(project.build(&[]).ran, TINY_STEPS);
         assert_eq!((page().as_str(), cat(&project, "tiny", "/opt/app/library/shared.txt").as_str()), ("first\n", "shared\n"));
         let shown = project.json(&["artifact", "show", "tiny"]);
-        let annotation = |name: &str| shown["annotations"][format!("org.opencontainers.image.{name}")].as_str().unwrap().to_string();
-        assert_eq!((annotation("revision"), annotation("source"), annotation("created")), (commit("v1"), url.clone(), "2024-05-06T07:08:09Z".into()));
+        let annotation =
+            |name: &str| shown["annotations"][format!("org.opencontainers.image.{name}")].as_str().unwrap().to_string();
+        assert_eq!(
+            (annotation("revision"), annotation("source"), annotation("created")),
+            (commit("v1"), url.clone(), "2024-05-06T07:08:09Z".into())
+        );
         assert_eq!(shown["config"]["Labels"]["io.openshift.s2i.build.commit.message"], "first commit");
         assert_eq!(shown["config"]["Labels"]["io.openshift.s2i.build.source-context-dir"], "web");
         assert_eq!(shown["built"]["changed_files"], 0);
@@ -297,9 +347,14 @@ fn a_git_repository_is_a_source() {
 #[test]
 fn init_writes_what_it_finds() {
     let project = Project::empty(me());
-    let cases: [(&str, &[(&str, &str)], &str); 3] = [
+    type Case<'a> = (&'a str, &'a [(&'a str, &'a str)], &'a str);
+    let cases: [Case<'_>; 3] = [
         ("python", &[("requirements.txt", "bottle==0.13.2 --hash=sha256:0\n"), ("app.py", "print('x')\n")], "builder: python"),
-        ("node", &[("package.json", "{\"name\": \"shop\", \"scripts\": {\"start\": \"node .\"}}"), ("package-lock.json", "{}")], "builder: node"),
+        (
+            "node",
+            &[("package.json", "{\"name\": \"shop\", \"scripts\": {\"start\": \"node .\"}}"), ("package-lock.json", "{}")],
+            "builder: node",
+        ),
         ("static", &[("index.html", "<p>x\n")], "builder: static"),
     ];
     for (folder, files, expected) in cases {

@@ -82,7 +82,10 @@ fn a_folder_with_a_page_becomes_a_site() {
     project.edit("own/pipeline.yaml", "  tar: base.tar\n", "  debian: trixie\n  packages: [ca-certificates]\n");
     project.write("own/pipeline.lock", shared.read("pipelines/pipeline.lock"));
     project.edit("own/builder/s2i/bin/dependencies", "#!/bin/sh", "#!/bin/sh\n# on Debian");
-    assert_eq!(common::built(&project.pipeline(&["build", "--json", "--locked"]).dir(project.path("own")).ok()).ran, ["dependencies", "application"]);
+    assert_eq!(
+        common::built(&project.pipeline(&["build", "--json", "--locked"]).dir(project.path("own")).ok()).ran,
+        ["dependencies", "application"]
+    );
 }
 
 /// Packages on top of an image that others made of Debian, and a playbook.
@@ -127,7 +130,10 @@ fn update_moves_the_lock_and_build_never_does() {
     let row = lock.lines().find(|line| line.contains("\"name\":\"lighttpd\"")).unwrap();
     let version = row.split("\"version\":\"").nth(1).unwrap().split('"').next().unwrap();
     let digest = row.split("\"sha256\":\"").nth(1).unwrap().split('"').next().unwrap();
-    let old = lock.replace(row, &row.replace(&format!("\"version\":\"{version}\""), "\"version\":\"1.0-1\"").replace(digest, &"0".repeat(64)));
+    let old = lock.replace(
+        row,
+        &row.replace(&format!("\"version\":\"{version}\""), "\"version\":\"1.0-1\"").replace(digest, &"0".repeat(64)),
+    );
     project.write("pipelines/pipeline.lock", &old);
     let check = project.pipeline(&["update", "site", "--check"]).run();
     check.code(1).prints("lighttpd").prints("1.0-1").prints(version).prints("pipeline.lock was left as it is");
@@ -136,5 +142,9 @@ fn update_moves_the_lock_and_build_never_does() {
     assert_eq!(project.read("pipelines/pipeline.lock").lines().find(|line| line.contains("\"name\":\"lighttpd\"")), Some(row));
     // Nothing of a set that is not locked is resolved with --locked.
     project.edit("pipelines/site.yaml", "[python3-markdown]", "[python3-markdown, netbase]");
-    project.pipeline(&["build", "site", "--locked"]).run().code(2).says("the package set of step `build-packages` is not in `pipeline.lock`, and `--locked` refuses to resolve");
+    project
+        .pipeline(&["build", "site", "--locked"])
+        .run()
+        .code(2)
+        .says("the package set of step `build-packages` is not in `pipeline.lock`, and `--locked` refuses to resolve");
 }

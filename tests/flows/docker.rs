@@ -32,7 +32,11 @@ impl Engine {
         let engine = Self { child: command.spawn().unwrap(), dir };
         let patience = Instant::now() + Duration::from_secs(60);
         while engine.docker(&["version"]).output().is_err() || !engine.docker(&["version"]).output().unwrap().status.success() {
-            assert!(Instant::now() < patience, "dockerd did not start:\n{}", fs_err::read_to_string(engine.dir.path().join("log")).unwrap());
+            assert!(
+                Instant::now() < patience,
+                "dockerd did not start:\n{}",
+                fs_err::read_to_string(engine.dir.path().join("log")).unwrap()
+            );
             std::thread::sleep(Duration::from_millis(100));
         }
         engine
@@ -40,7 +44,13 @@ impl Engine {
 
     fn docker(&self, args: &[&str]) -> Cmd {
         let socket: PathBuf = self.dir.path().join("socket");
-        Cmd::new("docker").arg("--host").arg(format!("unix://{}", socket.display())).args(args).env("HOME", self.dir.path()).env_remove("DOCKER_CONFIG").env_remove("DOCKER_CONTEXT")
+        Cmd::new("docker")
+            .arg("--host")
+            .arg(format!("unix://{}", socket.display()))
+            .args(args)
+            .env("HOME", self.dir.path())
+            .env_remove("DOCKER_CONFIG")
+            .env_remove("DOCKER_CONTEXT")
     }
 }
 
@@ -59,18 +69,32 @@ fn check(project: &Project, image: &str, path: &str, text: &str) {
     if !tests_are_root() {
         // An engine needs root; skopeo reads the same form of the file as `docker load`.
         let to = project.beside("loaded");
-        Run::new(User::Ordinary, "skopeo", &project.home, &project.dir).args(&["--insecure-policy", "copy", "--quiet", &format!("docker-archive:{}", file.display()), &format!("oci:{}:{image}", to.display())]).ok();
+        Run::new(User::Ordinary, "skopeo", &project.home, &project.dir)
+            .args(&[
+                "--insecure-policy",
+                "copy",
+                "--quiet",
+                &format!("docker-archive:{}", file.display()),
+                &format!("oci:{}:{image}", to.display()),
+            ])
+            .ok();
         return;
     }
     let engine = Engine::start();
-    let loaded = engine.docker(&["load", "--input", file.to_str().unwrap()]).text().unwrap_or_else(|error| panic!("{error:#}\n{}", fs_err::read_to_string(engine.dir.path().join("log")).unwrap()));
+    let loaded = engine
+        .docker(&["load", "--input", file.to_str().unwrap()])
+        .text()
+        .unwrap_or_else(|error| panic!("{error:#}\n{}", fs_err::read_to_string(engine.dir.path().join("log")).unwrap()));
     assert_eq!(loaded.trim(), format!("Loaded image: {image}:latest"));
     // The same configuration, so the same image id.
     let shown = project.json(&["artifact", "show", image]);
     let id = engine.docker(&["image", "inspect", "--format", "{{json .Config.Cmd}} {{.Config.User}}", image]).text().unwrap();
     assert_eq!(id.trim(), format!("{} {}", shown["config"]["Cmd"], shown["config"]["User"].as_str().unwrap()));
     let port = free_port();
-    let container = engine.docker(&["run", "--detach", "--network=host", "--read-only", "--tmpfs=/tmp", &format!("--env=PORT={port}"), image]).text().unwrap();
+    let container = engine
+        .docker(&["run", "--detach", "--network=host", "--read-only", "--tmpfs=/tmp", &format!("--env=PORT={port}"), image])
+        .text()
+        .unwrap();
     let (status, body) = get(port, path);
     assert!(status == 200 && body.contains(text), "{status} {body}");
     // Asked to stop, it stops by itself.
