@@ -9,6 +9,7 @@ pub mod build;
 // 2 · nouns of the field
 pub mod artifact;
 pub mod config;
+pub mod disk;
 pub mod oci;
 // 1 · tools that know nothing of the field
 pub mod cmd;

@@ -1,0 +1,3 @@
+//! The nouns of a bootable disk, one file each: every one writes one format.
+
+pub mod tree;
