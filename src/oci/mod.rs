@@ -3,6 +3,7 @@
 pub mod compress;
 pub mod credentials;
 pub mod digest;
+pub mod flatten;
 pub mod layer;
 pub mod registry;
 pub mod unpack;
