@@ -182,7 +182,7 @@ pub fn timestamp(seconds: i64) -> Result<String> {
 }
 
 /// The value with every object's keys sorted, whatever features serde_json was built with.
-fn sorted(value: Value) -> Value {
+pub(super) fn sorted(value: Value) -> Value {
     match value {
         Value::Object(map) => {
             let ordered: BTreeMap<String, Value> = map.into_iter().map(|(key, value)| (key, sorted(value))).collect();

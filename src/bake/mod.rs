@@ -1,0 +1,4 @@
+//! From a host tree to a bootable disk.
+
+pub mod host;
+pub mod plan;
