@@ -149,6 +149,7 @@ pub fn find(store: &Store, wanted: &str) -> Result<(String, Descriptor)> {
 #[derive(Serialize)]
 struct Listed {
     name: String,
+    kind: String,
     digest: Digest,
     /// Bytes of configuration, manifest and layers.
     bytes: u64,
@@ -159,9 +160,10 @@ fn list(global: &Global, around: &ui::Surroundings) -> Result<u8> {
     let mut rows = Vec::new();
     for descriptor in around.store.index()?.manifests {
         let name = descriptor.annotations.get(REF_NAME).cloned().unwrap_or_default();
-        let (manifest, _) = image::read(&around.store, &descriptor.digest).with_context(|| format!("image `{name}`"))?;
+        let manifest = image::manifest(&around.store, &descriptor.digest).with_context(|| format!("artifact `{name}`"))?;
         let bytes = descriptor.size + manifest.config.size + manifest.layers.iter().map(|layer| layer.size).sum::<u64>();
         rows.push(Listed {
+            kind: crate::artifact::kind(&manifest, &name),
             name,
             digest: descriptor.digest,
             bytes,
@@ -172,9 +174,15 @@ fn list(global: &Global, around: &ui::Surroundings) -> Result<u8> {
         if rows.is_empty() {
             return "the store is empty\n".into();
         }
-        let mut table = vec![["NAME", "DIGEST", "SIZE", "DATE"].map(String::from).to_vec()];
+        let mut table = vec![["NAME", "KIND", "DIGEST", "SIZE", "DATE"].map(String::from).to_vec()];
         table.extend(rows.iter().map(|row| {
-            vec![row.name.clone(), row.digest.short(), report::bytes(row.bytes), row.created.clone().unwrap_or_default()]
+            vec![
+                row.name.clone(),
+                row.kind.clone(),
+                row.digest.short(),
+                report::bytes(row.bytes),
+                row.created.clone().unwrap_or_default(),
+            ]
         }));
         report::table(&table)
     })?;
@@ -183,6 +191,9 @@ fn list(global: &Global, around: &ui::Surroundings) -> Result<u8> {
 
 fn show(global: &Global, around: &ui::Surroundings, wanted: &str) -> Result<u8> {
     let (name, descriptor) = find(&around.store, wanted)?;
+    if let Some(disk) = crate::artifact::disk::read(&around.store, &descriptor.digest)? {
+        return super::disk::show(global, &name, &disk);
+    }
     let (manifest, _) = image::read(&around.store, &descriptor.digest)?;
     let config: Value = serde_json::from_slice(&around.store.read(&manifest.config.digest)?)?;
     let layers: Vec<Value> = manifest

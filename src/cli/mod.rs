@@ -7,6 +7,7 @@
 
 mod artifact;
 mod build;
+mod disk;
 mod doctor;
 mod explain;
 mod init;
