@@ -7,6 +7,7 @@
 
 mod artifact;
 mod build;
+mod diff;
 mod disk;
 mod doctor;
 mod explain;
