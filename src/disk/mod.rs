@@ -1,4 +1,5 @@
 //! The nouns of a bootable disk, one file each: every one writes one format.
 
+pub mod erofs;
 pub mod table;
 pub mod tree;
