@@ -1,8 +1,11 @@
 //! The nouns of a bootable disk, one file each: every one writes one format.
 
+pub mod cpio;
 pub mod fat;
 pub mod gpt;
+pub mod grub;
 pub mod index;
 pub mod table;
 pub mod tree;
+pub mod uki;
 pub mod verity;
