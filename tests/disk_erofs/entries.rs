@@ -3,9 +3,8 @@
 use std::collections::{BTreeMap, HashMap};
 use std::ffi::OsStr;
 use std::fmt::{Debug, Write as _};
-use std::io::Read as _;
 use std::os::unix::ffi::OsStrExt as _;
-use std::os::unix::fs::{FileTypeExt as _, MetadataExt as _};
+use std::os::unix::fs::{FileExt as _, FileTypeExt as _, MetadataExt as _};
 use std::path::Path;
 
 use pipeline::disk::tree::{File, Kind, Tree};
@@ -93,27 +92,69 @@ pub fn expected(tree: &Tree, depth: Depth) -> Entries {
     entries
 }
 
-/// SHA-256 of a file as the tree says it is; holes of many GiB cost no memory.
-fn digest_of_file(tree: &Tree, file: &File) -> String {
-    let mut digest = Sha256::new();
-    let zeros = vec![0; 1 << 20];
-    let mut at = 0;
-    let mut skip_to = |digest: &mut Sha256, to: u64| {
-        while at < to {
-            let part = (to - at).min(zeros.len() as u64);
-            digest.update(&zeros[..part as usize]);
-            at += part;
+/// Files are looked at in windows of so many bytes.
+const WINDOW: u64 = 1 << 20;
+
+/// SHA-256 of a file's blocks of 4 KiB that are not zero, with their positions: the same for a hole
+/// and for zeros, so that a hole of many GiB need not be read.
+#[derive(Default)]
+struct Blocks(Sha256);
+
+impl Blocks {
+    /// Takes the bytes from `offset`, a multiple of 4096, on.
+    fn feed(&mut self, offset: u64, bytes: &[u8]) {
+        for (block, position) in bytes.chunks(4096).zip((offset..).step_by(4096)) {
+            if block.iter().any(|byte| *byte != 0) {
+                self.0.update(position.to_le_bytes());
+                self.0.update(block);
+            }
         }
-    };
-    for extent in &file.extents {
-        skip_to(&mut digest, extent.offset);
-        let mut bytes = vec![0; extent.length as usize];
-        tree.sources[extent.source as usize].read_exact_at(&mut bytes, extent.source_offset).unwrap();
-        digest.update(&bytes);
-        skip_to(&mut Sha256::new(), extent.offset + extent.length);
     }
-    skip_to(&mut digest, file.size);
-    hex::encode(digest.finalize())
+
+    fn text(self) -> String {
+        hex::encode(self.0.finalize())
+    }
+}
+
+/// The digest of a file as the tree says it is.
+fn digest_of_file(tree: &Tree, file: &File) -> String {
+    let mut blocks = Blocks::default();
+    let mut extents = file.extents.as_slice();
+    let mut at = 0;
+    while let Some(first) = extents.first() {
+        at = at.max(first.offset / WINDOW * WINDOW);
+        let end = (at + WINDOW).min(file.size);
+        let mut window = vec![0; (end - at) as usize];
+        for extent in extents.iter().take_while(|extent| extent.offset < end) {
+            let (from, to) = (extent.offset.max(at), (extent.offset + extent.length).min(end));
+            let part = &mut window[(from - at) as usize..(to - at) as usize];
+            tree.sources[extent.source as usize].read_exact_at(part, extent.source_offset + from - extent.offset).unwrap();
+        }
+        blocks.feed(at, &window);
+        at = end;
+        extents = &extents[extents.partition_point(|extent| extent.offset + extent.length <= end)..];
+    }
+    blocks.text()
+}
+
+/// The digest of a file as the kernel shows it. Of what it calls a hole a MiB in each GiB is read.
+fn digest_of_found(path: &Path) -> String {
+    let file = fs_err::File::open(path).unwrap();
+    let size = file.metadata().unwrap().len();
+    let mut blocks = Blocks::default();
+    let mut at = 0;
+    while at < size {
+        let mut window = vec![0; (size - at).min(WINDOW) as usize];
+        file.file().read_exact_at(&mut window, at).unwrap();
+        blocks.feed(at, &window);
+        let next_gib = (at + 1).next_multiple_of(1 << 30).min(size);
+        let data = rustix::fs::seek(&file, rustix::fs::SeekFrom::Data(at + window.len() as u64)).unwrap_or(size);
+        at = data.min(next_gib) / WINDOW * WINDOW;
+        if data >= size && next_gib == size {
+            break;
+        }
+    }
+    blocks.text()
 }
 
 /// The entries below `root`, as the kernel shows them.
@@ -184,14 +225,7 @@ fn content_of(path: &Path) -> String {
     if !stat.is_file() {
         return String::new();
     }
-    let mut file = fs_err::File::open(path).unwrap();
-    let (mut digest, mut buffer) = (Sha256::new(), vec![0; 1 << 20]);
-    loop {
-        match file.read(&mut buffer).unwrap() {
-            0 => return hex::encode(digest.finalize()),
-            size => digest.update(&buffer[..size]),
-        }
-    }
+    digest_of_found(path)
 }
 
 fn xattrs_of(path: &Path) -> BTreeMap<Vec<u8>, Vec<u8>> {
