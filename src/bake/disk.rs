@@ -65,7 +65,7 @@ pub fn write(store: &Store, disk: &Disk, out: &File) -> Result<()> {
 }
 
 /// Copies a part into `out`, in the kernel.
-fn copy(store: &Store, disk: &Disk, part: Part, out: &File, offset: u64) -> Result<()> {
+pub(super) fn copy(store: &Store, disk: &Disk, part: Part, out: &File, offset: u64) -> Result<()> {
     let descriptor = disk.part(part)?;
     let file = fs_err::File::open(store.blob(&descriptor.digest))?;
     let (mut from, mut to, end) = (0, offset, descriptor.size);
