@@ -1,6 +1,7 @@
 //! The nouns of a bootable disk, one file each: every one writes one format.
 
 pub mod cpio;
+pub mod export;
 pub mod fat;
 pub mod gpt;
 pub mod grub;
