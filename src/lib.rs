@@ -5,6 +5,7 @@
 // 4 · talks to people
 pub mod cli;
 // 3 · flows
+pub mod bake;
 pub mod build;
 pub mod vm;
 // 2 · nouns of the field
