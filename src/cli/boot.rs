@@ -166,19 +166,21 @@ pub fn run(global: &Global, args: Args) -> Result<u8> {
     for line in port_lines(&machine, &found) {
         around.progress.note(line);
     }
-    let code = match &keys {
+    let result = match &keys {
         Some((_folder, pair)) => {
             around.progress.note(format!("waiting for ssh; the console goes to {}", log.display()));
             let forwarded = machine.ports().iter().find(|(_, guest)| *guest == SSH).map(|(host, _)| *host);
-            boot::ssh(&mut machine, &tools, &pair.private, forwarded.context("ssh is forwarded")?)?
+            boot::ssh(&mut machine, &tools, &pair.private, forwarded.context("ssh is forwarded")?)
         }
         None => {
             around.progress.note("^A x ends the machine, ^A h shows more keys".into());
-            on_terminal(&mut machine)?
+            on_terminal(&mut machine)
         }
     };
+    // Also when a signal ends it: with --keep what the guest wrote is written out.
     machine.quit()?;
-    Ok(code)
+    // The signal is the exit status; that it ended the machine is no failure.
+    if stop() { Ok(0) } else { result }
 }
 
 fn settings(args: &Args, found: &DiskToBoot) -> Result<Settings> {

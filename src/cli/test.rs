@@ -79,7 +79,11 @@ pub fn run(global: &Global, args: Args) -> Result<u8> {
     let mut outcomes: Vec<Outcome> = Vec::new();
     'all: for job in &jobs {
         for firmware in firmwares(&job.test) {
-            let outcome = run::run(&job.test, &job.disk, firmware, &places)?;
+            let outcome = match run::run(&job.test, &job.disk, firmware, &places) {
+                // The signal is the exit status, and what was run is reported.
+                Err(_) if stop() => break 'all,
+                outcome => outcome?,
+            };
             let failed = outcome.failed().is_some();
             run::describe(&outcome, &around.cwd, &mut std::io::stderr().lock())?;
             outcomes.push(outcome);

@@ -21,6 +21,8 @@ use crate::error::Problem;
 const PROBE: Duration = Duration::from_secs(3);
 /// How long a killed QEMU may take to be gone; one that hangs in the kernel is left behind.
 const REAP: Duration = Duration::from_secs(1);
+/// Characters of QEMU's last words that are told.
+const WORDS: usize = 120;
 /// Format of the file.
 const FORMAT: u32 = 1;
 /// What the guest writes, and the status QEMU's isa-debug-exit makes of it: twice the value, plus one.
@@ -179,7 +181,9 @@ fn run(qemu: &Path, accel: &str, cpu: &str, disk: &Path, limit: Duration) -> Res
             let mut errors = errors;
             errors.rewind()?;
             errors.read_to_string(&mut text)?;
-            let last = text.lines().rfind(|line| !line.trim().is_empty()).map(str::to_owned);
+            let last = text.lines().rfind(|line| !line.trim().is_empty());
+            // QEMU's own failures can be long: `….c:3183: kvm_buf_set_msrs: Assertion …`.
+            let last = last.map(|line| line.trim().chars().take(WORDS).collect::<String>());
             Ok(Answer::Failed(last.unwrap_or_else(|| format!("it ended with {}", crate::cmd::describe(status)))))
         }
         None => {
