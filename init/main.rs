@@ -9,6 +9,7 @@
 #![warn(missing_debug_implementations)]
 
 mod agent;
+mod alias;
 mod boot;
 mod cloud;
 mod cmdline;
@@ -22,6 +23,7 @@ mod fat;
 mod gpt;
 mod grubenv;
 mod guid;
+mod kmsg;
 mod label;
 mod log;
 mod machine_id;
@@ -35,6 +37,7 @@ mod sys;
 mod var;
 mod verity;
 mod watch;
+mod wording;
 mod yaml;
 
 use std::os::unix::process::CommandExt as _;
