@@ -502,3 +502,54 @@ fn exports_come_back_and_are_the_same_twice() {
         }
     }
 }
+
+/// Bytes that somebody else wrote may be anything: errors, no panics, no endless loops.
+#[test]
+fn damaged_input_is_refused_or_read() {
+    let folder = TempDir::new().unwrap();
+    let open =
+        |name: &str| File::options().read(true).write(true).create(true).truncate(true).open(folder.path().join(name)).unwrap();
+    let (esp, disk) = (open("esp"), open("disk"));
+    let format = fat::Format { bytes: 34 << 20, label: "ESP".into(), serial: 1, time: 0, hidden: 0 };
+    let entries = [fat::Entry::bytes("a/long file name", noise(3000, 1)), fat::Entry::bytes("a/b/C", noise(300, 1))];
+    fat::plan(&format, &entries).unwrap().write(&esp, 0).unwrap();
+    let table = host_table();
+    table.write(&disk).unwrap();
+    let kernel = noise(999, 1);
+    let image = uki::assemble(&uki::Parts { stub: &stub(), kernel: &kernel, initrd: &kernel, cmdline: "", osrel: "", uname: "" })
+        .unwrap();
+    // Boot sector, start of a table, the folders; header and entries of a partition table.
+    let places: Vec<u64> = (0..90).chain(16_384..16_440).chain(fat_folders()).collect();
+    let random = noise(1 << 13, 77);
+    for (round, bytes) in random.chunks_exact(8).enumerate() {
+        let place = places[round % places.len()];
+        let mut old = [0; 1];
+        esp.read_exact_at(&mut old, place).unwrap();
+        esp.write_all_at(&bytes[..1], place).unwrap();
+        if let Ok(mut volume) = fat::Volume::open(&esp, 0, 0) {
+            let _ = (volume.list(), volume.read("a/long file name"), volume.read("a/b/C"));
+            if round % 16 == 0 {
+                let _ = (volume.write("a/new", b"x"), volume.rename("a/new", "newer"), volume.remove("a/newer"));
+            }
+        }
+        esp.write_all_at(&old, place).unwrap();
+        let place = 446 + u64::from(bytes[1]) + u64::from(bytes[2]) * 4;
+        disk.read_exact_at(&mut old, place).unwrap();
+        disk.write_all_at(&bytes[..1], place).unwrap();
+        let _ = gpt::Gpt::read_any(&disk, table.sectors);
+        disk.write_all_at(&old, place).unwrap();
+        let mut broken = image.clone();
+        broken[usize::from(bytes[3]) * 4] = bytes[0];
+        broken[usize::from(bytes[4]) * 2] = bytes[5];
+        let _ =
+            uki::sections(&broken).map(|sections| sections.iter().map(|section| section.content(&broken).len()).sum::<usize>());
+        let _ = uki::assemble(&uki::Parts { stub: &broken, kernel: &broken, initrd: b"", cmdline: "", osrel: "", uname: "" });
+    }
+    assert_eq!(gpt::Gpt::read(&disk, table.sectors).unwrap(), table);
+}
+
+/// Bytes of the three folders of the volume above: behind two tables of 536 sectors, clusters of one.
+fn fat_folders() -> impl Iterator<Item = u64> {
+    let first = (32 + 2 * 536) * 512;
+    (0..3).flat_map(move |folder| (0..160).map(move |byte| first + folder * 512 + byte))
+}
