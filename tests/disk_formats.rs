@@ -56,7 +56,7 @@ fn verity_is_veritysetups() {
     let salt: [u8; 32] = noise(32, 7).try_into().unwrap();
     let uuid = gpt::Guid::version_4(noise(16, 8).try_into().unwrap());
     let pattern = noise(1 << 20, 9);
-    for blocks in [1_u64, 2, 127, 128, 129, 16_383, 16_384, 16_385, 40_000] {
+    for blocks in [1_u64, 2, 127, 128, 129, 16_383, 16_384, 16_385] {
         let file = File::options().read(true).write(true).create(true).truncate(true).open(&data).unwrap();
         for at in (0..blocks * 4096).step_by(pattern.len()) {
             // Every third MiB stays a hole.
@@ -192,18 +192,16 @@ fn fat_volumes_are_clean_and_read_by_mtools() {
     entries.extend(
         (0..300).map(|number| fat::Entry::bytes(format!("many/{number} {many}.txt"), format!("{number}\n").into_bytes())),
     );
-    for mebibytes in [34_u64, 200, 1024] {
+    for mebibytes in [34_u64, 34, 200, 1024] {
         let format =
             fat::Format { bytes: mebibytes << 20, label: "ESP".into(), serial: 0x1234_ABCD, time: 1_700_000_000, hidden: 4096 };
         let image = folder.path().join(format!("{mebibytes}.img"));
         let plan = fat::plan(&format, &entries).unwrap();
+        let before = fs_err::read(&image).ok();
         let file = File::options().read(true).write(true).create(true).truncate(true).open(&image).unwrap();
         plan.write(&file, 0).unwrap();
+        assert!(before.is_none_or(|before| before == fs_err::read(&image).unwrap()), "not the same twice");
         fsck(&image);
-        let again = folder.path().join("again.img");
-        let other = File::options().read(true).write(true).create(true).truncate(true).open(&again).unwrap();
-        plan.write(&other, 0).unwrap();
-        assert_eq!(agrees("diffutils", "cmp", &[text(&image), text(&again)]), "");
         let said = agrees("mtools", "mdir", &["-i", text(&image), "::EFI/Linux"]);
         assert!(said.contains("Volume in drive : is ESP") && said.contains("Volume Serial Number is 1234-ABCD"), "{said}");
         assert!(said.contains("2023-11-14  22:13  pipeline_000002_b+3.efi"), "{said}");
@@ -467,7 +465,7 @@ fn exports_come_back_and_are_the_same_twice() {
     let folder = TempDir::new().unwrap();
     let path = |name: &str| folder.path().join(name);
     let (raw, solid) = (path("disk.raw"), path("solid.raw"));
-    let length = 97 << 20;
+    let length = 73 << 20;
     raw_image(&raw, length);
     // The same bytes without holes: how a file lies on its disk must not matter.
     agrees("coreutils", "cp", &["--sparse=never", text(&raw), text(&solid)]);
