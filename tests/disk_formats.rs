@@ -465,6 +465,7 @@ fn exports_come_back_and_are_the_same_twice() {
     let folder = TempDir::new().unwrap();
     let path = |name: &str| folder.path().join(name);
     let (raw, solid) = (path("disk.raw"), path("solid.raw"));
+    let program_path = std::env::var_os("PATH").unwrap();
     let length = 73 << 20;
     raw_image(&raw, length);
     // The same bytes without holes: how a file lies on its disk must not matter.
@@ -472,8 +473,10 @@ fn exports_come_back_and_are_the_same_twice() {
     let digest: [u8; 32] = noise(32, 4).try_into().unwrap();
     for format in export::Format::ALL {
         let (first, second, back) = (path("first"), path("second"), path("back"));
-        export::export(&raw, format, &first, &digest, 2).unwrap();
-        export::export(&solid, format, &second, &digest, 1).unwrap();
+        export::export(&export::Export { pieces: &[&raw], digest: &digest, threads: 2, path: &program_path }, format, &first)
+            .unwrap();
+        export::export(&export::Export { pieces: &[&solid], digest: &digest, threads: 1, path: &program_path }, format, &second)
+            .unwrap();
         assert!(fs_err::read(&first).unwrap() == fs_err::read(&second).unwrap(), "{format} is not the same twice");
         let convert =
             |from: &str| agrees("qemu-utils", "qemu-img", &["convert", "-f", from, "-O", "raw", text(&first), text(&back)]);

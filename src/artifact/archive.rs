@@ -20,7 +20,8 @@ use crate::oci::digest::Digest;
 
 /// Writes the image `descriptor`, named `name` (`NAME:TAG`), to `out`.
 pub fn export(store: &Store, name: &str, descriptor: &Descriptor, out: &mut dyn Write) -> Result<()> {
-    let (manifest, _) = image::read(store, &descriptor.digest)?;
+    let manifest = image::manifest(store, &descriptor.digest)?;
+    let is_image = manifest.artifact_type.is_none();
     let mut entry = descriptor.clone();
     // The layout's own name is what skopeo finds; the full one is what Docker and containerd tag.
     entry.annotations = BTreeMap::from([
@@ -29,7 +30,8 @@ pub fn export(store: &Store, name: &str, descriptor: &Descriptor, out: &mut dyn 
     ]);
     let index = Index { manifests: vec![entry], ..Index::default() };
     let path = |digest: &Digest| format!("blobs/sha256/{}", digest.hex());
-    let layers = image::layers(store, &descriptor.digest)?;
+    // Docker and podman read images only; skopeo and oras read the layout.
+    let layers = if is_image { image::layers(store, &descriptor.digest)? } else { Vec::new() };
     let is_zstd = |layer: &&image::Layer| Compression::of_media_type(&layer.descriptor.media_type) == Some(Compression::Zstd);
     let plain_path = |layer: &image::Layer| format!("{}/layer.tar", layer.diff_id.hex());
     let docker_path = |layer: &image::Layer| if is_zstd(&layer) { plain_path(layer) } else { path(&layer.descriptor.digest) };
@@ -60,11 +62,12 @@ pub fn export(store: &Store, name: &str, descriptor: &Descriptor, out: &mut dyn 
             std::io::copy(&mut open()?, &mut std::io::sink()).with_context(|| format!("cannot decompress layer {digest}"))?;
         append(&mut tar, path, tar::EntryType::Regular, size, &mut open()?)?;
     }
-    for (path, bytes) in [
-        ("index.json", serde_json::to_vec(&index)?),
-        ("manifest.json", serde_json::to_vec(&docker)?),
-        ("oci-layout", br#"{"imageLayoutVersion":"1.0.0"}"#.to_vec()),
-    ] {
+    let mut files = vec![("index.json", serde_json::to_vec(&index)?)];
+    if is_image {
+        files.push(("manifest.json", serde_json::to_vec(&docker)?));
+    }
+    files.push(("oci-layout", br#"{"imageLayoutVersion":"1.0.0"}"#.to_vec()));
+    for (path, bytes) in files {
         append(&mut tar, path, tar::EntryType::Regular, bytes.len() as u64, &mut &bytes[..])?;
     }
     tar.into_inner().context("cannot finish the archive")?.flush()?;
@@ -122,7 +125,7 @@ pub fn load(store: &Store, reader: impl Read) -> Result<Vec<(String, Digest)>> {
     for descriptor in index.manifests {
         let named = descriptor.annotations.get(REF_NAME).cloned();
         let Some(mut name) = named else { continue };
-        let (manifest, _) = image::read(store, &descriptor.digest)?;
+        let manifest = image::manifest(store, &descriptor.digest)?;
         for layer in &manifest.layers {
             if !store.has(&layer.digest, layer.size) {
                 return Err(Problem::failed(format!("the archive lacks layer {} of `{name}`", layer.digest)).into());

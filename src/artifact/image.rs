@@ -84,9 +84,13 @@ pub struct RootFs {
     pub diff_ids: Vec<Digest>,
 }
 
-/// A manifest, as far as this program reads it.
+/// A manifest of an image or of another artifact, as far as this program reads it.
 #[derive(Debug, Clone, Deserialize)]
+#[serde(rename_all = "camelCase")]
 pub struct Manifest {
+    /// What it is when it is no image.
+    #[serde(default)]
+    pub artifact_type: Option<String>,
     pub config: Descriptor,
     pub layers: Vec<Descriptor>,
     #[serde(default)]
@@ -149,11 +153,18 @@ fn image_descriptor(manifest: &[u8]) -> Descriptor {
     descriptor
 }
 
+/// The manifest of an image or of another artifact in the store.
+pub fn manifest(store: &Store, digest: &Digest) -> Result<Manifest> {
+    let bytes = store.read(digest)?;
+    serde_json::from_slice(&bytes).map_err(|error| Problem::failed(format!("{digest} is not a manifest: {error}")).into())
+}
+
 /// The manifest and configuration of an image in the store.
 pub fn read(store: &Store, digest: &Digest) -> Result<(Manifest, Config)> {
-    let bytes = store.read(digest)?;
-    let manifest: Manifest =
-        serde_json::from_slice(&bytes).map_err(|error| Problem::failed(format!("{digest} is not an image manifest: {error}")))?;
+    let manifest = manifest(store, digest)?;
+    if let Some(other) = &manifest.artifact_type {
+        return Err(Problem::usage(format!("{} is no image: it is of type `{other}`", digest.short())).into());
+    }
     let config = serde_json::from_slice(&store.read(&manifest.config.digest)?).context("the image's configuration is broken")?;
     Ok((manifest, config))
 }

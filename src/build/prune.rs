@@ -65,9 +65,11 @@ pub fn plan(store: &Store, keep: usize, locks: &[lock::Lock]) -> Result<Vec<Unne
     for root in &roots {
         // A root that was never pulled whole keeps what is there of it.
         blobs.insert(*root);
-        if let Ok((manifest, config)) = image::read(store, root) {
+        if let Ok(manifest) = image::manifest(store, root) {
             blobs.insert(manifest.config.digest);
             blobs.extend(manifest.layers.iter().map(|layer| layer.digest));
+        }
+        if let Ok((_, config)) = image::read(store, root) {
             diff_ids.extend(config.rootfs.diff_ids);
         }
     }

@@ -30,7 +30,8 @@ pub struct Verified {
 
 /// Reads every blob of an image and compares its digest.
 pub fn blobs(store: &Store, digest: &Digest) -> Result<Verified> {
-    let (manifest, _) = image::read(store, digest)?;
+    let manifest = image::manifest(store, digest)?;
+    store.verify(&manifest.config.digest)?;
     for layer in &manifest.layers {
         store.verify(&layer.digest).with_context(|| format!("layer {} of {digest}", layer.digest.short()))?;
     }

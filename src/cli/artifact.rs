@@ -24,6 +24,16 @@ pub enum Verb {
         /// NAME, NAME:TAG or a digest
         image: String,
     },
+    /// Show what changed between two artifacts: packages, kernel, files, size
+    Diff {
+        /// NAME, NAME:TAG or a digest
+        from: String,
+        /// NAME, NAME:TAG or a digest
+        to: String,
+        /// Name every file, not only their numbers
+        #[arg(long)]
+        files: bool,
+    },
     /// Write an image to a file that `docker load`, `podman load` and `skopeo` read
     Export {
         /// NAME, NAME:TAG or a digest
@@ -78,6 +88,7 @@ pub fn run(global: &Global, verb: Verb) -> Result<u8> {
     match verb {
         Verb::List => list(global, &around),
         Verb::Show { image } => show(global, &around, &image),
+        Verb::Diff { from, to, files } => super::diff::run(global, &around, &from, &to, files),
         Verb::Export { image, output } => export(&around, &image, &output),
         Verb::Load { file } => load(global, &around, &file),
         Verb::Pull { reference } => pull(global, &around, &reference),
@@ -149,6 +160,7 @@ pub fn find(store: &Store, wanted: &str) -> Result<(String, Descriptor)> {
 #[derive(Serialize)]
 struct Listed {
     name: String,
+    kind: String,
     digest: Digest,
     /// Bytes of configuration, manifest and layers.
     bytes: u64,
@@ -159,9 +171,10 @@ fn list(global: &Global, around: &ui::Surroundings) -> Result<u8> {
     let mut rows = Vec::new();
     for descriptor in around.store.index()?.manifests {
         let name = descriptor.annotations.get(REF_NAME).cloned().unwrap_or_default();
-        let (manifest, _) = image::read(&around.store, &descriptor.digest).with_context(|| format!("image `{name}`"))?;
+        let manifest = image::manifest(&around.store, &descriptor.digest).with_context(|| format!("artifact `{name}`"))?;
         let bytes = descriptor.size + manifest.config.size + manifest.layers.iter().map(|layer| layer.size).sum::<u64>();
         rows.push(Listed {
+            kind: crate::artifact::kind(&manifest, &name),
             name,
             digest: descriptor.digest,
             bytes,
@@ -172,9 +185,15 @@ fn list(global: &Global, around: &ui::Surroundings) -> Result<u8> {
         if rows.is_empty() {
             return "the store is empty\n".into();
         }
-        let mut table = vec![["NAME", "DIGEST", "SIZE", "DATE"].map(String::from).to_vec()];
+        let mut table = vec![["NAME", "KIND", "DIGEST", "SIZE", "DATE"].map(String::from).to_vec()];
         table.extend(rows.iter().map(|row| {
-            vec![row.name.clone(), row.digest.short(), report::bytes(row.bytes), row.created.clone().unwrap_or_default()]
+            vec![
+                row.name.clone(),
+                row.kind.clone(),
+                row.digest.short(),
+                report::bytes(row.bytes),
+                row.created.clone().unwrap_or_default(),
+            ]
         }));
         report::table(&table)
     })?;
@@ -183,6 +202,9 @@ fn list(global: &Global, around: &ui::Surroundings) -> Result<u8> {
 
 fn show(global: &Global, around: &ui::Surroundings, wanted: &str) -> Result<u8> {
     let (name, descriptor) = find(&around.store, wanted)?;
+    if let Some(disk) = crate::artifact::disk::read(&around.store, &descriptor.digest)? {
+        return super::disk::show(global, &name, &disk);
+    }
     let (manifest, _) = image::read(&around.store, &descriptor.digest)?;
     let config: Value = serde_json::from_slice(&around.store.read(&manifest.config.digest)?)?;
     let layers: Vec<Value> = manifest

@@ -21,7 +21,7 @@ mod gce;
 mod vhd;
 mod vmdk;
 
-use std::ffi::{OsStr, OsString};
+use std::ffi::OsStr;
 use std::fmt;
 use std::fs::File;
 use std::io;
@@ -30,10 +30,14 @@ use std::path::{Path, PathBuf};
 use std::str::FromStr;
 
 use anyhow::{Context as _, Result};
+use rustix::fs::{FlockOperation, flock};
+use tempfile::NamedTempFile;
 
 use crate::cmd::{self, Cmd};
 use crate::error::{Problem, nearest};
 
+/// Files that are not whole yet are named so.
+const PREFIX: &str = ".pipeline-disk-";
 /// The first `qemu-img` whose `convert` finds zeros in blocks of the target (2019).
 const LEAST_QEMU: (u32, u32) = (4, 0);
 
@@ -89,37 +93,73 @@ impl FromStr for Format {
     }
 }
 
-/// Writes the raw image `raw` to `target` in `format`, with up to `threads` threads. Ids that a
-/// format wants are derived from `digest`, the disk's.
+/// What is exported.
+#[derive(Debug, Clone, Copy)]
+pub struct Export<'a> {
+    /// Files that make up the raw disk, one behind the other; all sizes are multiples of sectors.
+    pub pieces: &'a [&'a Path],
+    /// Ids that a format wants are derived from it.
+    pub digest: &'a [u8; 32],
+    pub threads: usize,
+    /// The value of `PATH`, for `qemu-img`.
+    pub path: &'a OsStr,
+}
+
+/// Writes a disk to `target` in `format`; it appears under its name when it is whole. All formats
+/// but qcow2 want the raw disk as one piece.
 ///
 /// # Errors
 /// A `qemu-img` that is missing or too old, for qcow2; what cannot be read or written.
-pub fn export(raw: &Path, format: Format, target: &Path, digest: &[u8; 32], threads: usize) -> Result<()> {
-    write(raw, format, target, digest, threads).with_context(|| format!("cannot write `{}`", target.display()))
+pub fn export(export: &Export<'_>, format: Format, target: &Path) -> Result<()> {
+    write(export, format, target).with_context(|| format!("cannot write `{}`", target.display()))
 }
 
-fn write(raw: &Path, format: Format, target: &Path, digest: &[u8; 32], threads: usize) -> Result<()> {
-    let source = fs_err::File::open(raw)?.into_parts().0;
+fn write(export: &Export<'_>, format: Format, target: &Path) -> Result<()> {
+    let Export { pieces, digest, threads, path } = *export;
+    let one = || -> Result<File> {
+        let [raw] = pieces else { anyhow::bail!("the format {format} needs the raw disk as one file") };
+        Ok(fs_err::File::open(raw)?.into_parts().0)
+    };
     let folder = target.parent().filter(|folder| !folder.as_os_str().is_empty()).unwrap_or(Path::new("."));
-    let mut prefix = OsString::from(".");
-    prefix.push(target.file_name().unwrap_or_default());
-    let mut builder = tempfile::Builder::new();
-    // Less what the user's umask takes away.
-    builder.prefix(&prefix).suffix(".tmp").permissions(std::fs::Permissions::from_mode(0o666));
-    let temporary = builder.tempfile_in(folder)?;
+    let temporary = temporary(folder)?;
     let out = temporary.as_file();
     match format {
-        Format::Raw => copy(&source, out, threads)?,
-        Format::Qcow2 => qcow2(&qemu(&std::env::var_os("PATH").unwrap_or_default())?, raw, temporary.path())?,
-        Format::Vmdk => vmdk::write(&source, out, digest, threads)?,
+        Format::Raw => copy(&one()?, out, threads)?,
+        Format::Qcow2 => qcow2(&qemu(path)?, pieces, temporary.path())?,
+        Format::Vmdk => vmdk::write(&one()?, out, digest, threads)?,
         Format::Vhd => {
+            let source = one()?;
             copy(&source, out, threads)?;
             vhd::finish(out, source.metadata()?.len(), digest)?;
         }
-        Format::Gce => gce::write(&source, out, threads)?,
+        Format::Gce => gce::write(&one()?, out, threads)?,
     }
+    crate::fault::point("rename an export");
     temporary.persist(target).map_err(|error| error.error)?;
     Ok(())
+}
+
+/// A file in `folder` that is gone again unless it is renamed; what a process that was killed has
+/// left there goes now.
+pub fn temporary(folder: &Path) -> Result<NamedTempFile> {
+    for entry in fs_err::read_dir(folder)? {
+        let path = entry?.path();
+        let ours = path.file_name().is_some_and(|name| name.as_encoded_bytes().starts_with(PREFIX.as_bytes()));
+        // Whoever is at work on it holds its lock.
+        if ours
+            && let Ok(file) = File::open(&path)
+            && flock(&file, FlockOperation::NonBlockingLockExclusive).is_ok()
+        {
+            let _ = fs_err::remove_file(&path);
+        }
+    }
+    crate::fault::point("create a temporary disk");
+    let mut builder = tempfile::Builder::new();
+    // Less what the user's umask takes away.
+    builder.prefix(PREFIX).permissions(std::fs::Permissions::from_mode(0o666));
+    let temporary = builder.tempfile_in(folder).with_context(|| format!("cannot make a file in `{}`", folder.display()))?;
+    flock(temporary.as_file(), FlockOperation::LockExclusive)?;
+    Ok(temporary)
 }
 
 /// A copy whose holes are where zeros are.
@@ -139,9 +179,10 @@ fn copy(source: &File, out: &File, threads: usize) -> io::Result<()> {
     Ok(())
 }
 
-fn qcow2(qemu: &Path, raw: &Path, out: &Path) -> Result<()> {
+/// The bytes are those of the disk and of the cuts between the pieces: the same pieces give the same file.
+fn qcow2(qemu: &Path, pieces: &[&Path], out: &Path) -> Result<()> {
     // Measured on 460 MB in a sparse image of 4 GiB: -W, -m 16 and -t none are no faster.
-    Cmd::new(qemu).args(["convert", "-f", "raw", "-O", "qcow2", "-o", "compat=1.1,cluster_size=64k"]).arg(raw).arg(out).run()
+    Cmd::new(qemu).args(["convert", "-f", "raw", "-O", "qcow2", "-o", "compat=1.1,cluster_size=64k"]).args(pieces).arg(out).run()
 }
 
 /// The `qemu-img` of `path`, the value of `PATH`.
@@ -231,7 +272,7 @@ mod tests {
         let error = qemu(old.path().as_os_str()).unwrap_err();
         assert_eq!(error.to_string(), format!("`{}/qemu-img` is version 3.1, and 4.0 is needed", old.path().display()));
         let full = fake("echo 'qemu-img: error while writing at byte 0: No space left on device' >&2; exit 1");
-        let error = qcow2(&full.path().join("qemu-img"), Path::new("raw"), Path::new("out")).unwrap_err();
+        let error = qcow2(&full.path().join("qemu-img"), &[Path::new("raw")], Path::new("out")).unwrap_err();
         assert_eq!(crate::error::exit_code(&error), 75);
         assert!(error.to_string().ends_with("convert -f raw -O qcow2 -o compat=1.1,cluster_size=64k raw out` ended with status 1:\n  qemu-img: error while writing at byte 0: No space left on device"), "{error}");
     }
@@ -241,11 +282,18 @@ mod tests {
         let folder = tempfile::tempdir().unwrap();
         let (raw, target) = (folder.path().join("raw"), folder.path().join("disk.vhd"));
         fs_err::write(&target, "before").unwrap();
-        let error = export(&raw, Format::Vhd, &target, &[0; 32], 1).unwrap_err();
+        let pieces = [raw.as_path()];
+        let disk = Export { pieces: &pieces, digest: &[0; 32], threads: 1, path: OsStr::new("") };
+        let error = export(&disk, Format::Vhd, &target).unwrap_err();
         assert_eq!(error.to_string(), format!("cannot write `{}`", target.display()));
         assert_eq!(fs_err::read_to_string(&target).unwrap(), "before");
         fs_err::write(&raw, vec![1; 1 << 20]).unwrap();
-        export(&raw, Format::Vhd, &target, &[0; 32], 1).unwrap();
+        // What a process that was killed has left goes; what one is at work on stays.
+        let (left, held) = (folder.path().join(format!("{PREFIX}left")), temporary(folder.path()).unwrap());
+        fs_err::write(&left, "cut off").unwrap();
+        export(&disk, Format::Vhd, &target).unwrap();
+        assert!(!left.exists() && held.path().exists());
+        drop(held);
         let names: Vec<_> = fs_err::read_dir(folder.path()).unwrap().map(|entry| entry.unwrap().file_name()).collect();
         assert_eq!((fs_err::metadata(&target).unwrap().len(), names.len()), ((1 << 20) + 512, 2));
     }
