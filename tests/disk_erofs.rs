@@ -98,8 +98,8 @@ fn compare(tree: &Tree, image: &Path, dir: &Path) {
     } else {
         let extract = format!("--extract={}", place.display());
         Cmd::new("fsck.erofs").args(["--no-preserve", &extract]).arg(image).run().unwrap();
-        assert_same(&found(&place, Depth::Contents), &expected(tree, Depth::Contents));
         Cmd::new("chmod").args(["-R", "u+rwX"]).arg(&place).run().unwrap();
+        assert_same(&found(&place, Depth::Contents), &expected(tree, Depth::Contents));
         fs_err::remove_dir_all(&place).unwrap();
     }
     let _ = fs_err::remove_dir(&place);
@@ -109,9 +109,18 @@ fn compare(tree: &Tree, image: &Path, dir: &Path) {
 fn everything_is_found_again() {
     let dir = tempfile::tempdir().unwrap();
     let image = dir.path().join("image");
-    let tree = everything();
+    if !rustix::process::geteuid().is_root() {
+        // Extracting makes a file of each hard link, and takes minutes for the full tree.
+        let small = everything(2000, 1000);
+        write(&small, None, 2, &image);
+        compare(&small, &image, dir.path());
+    }
+    let tree = everything(100_000, 65_000);
     let layout = write(&tree, None, 2, &image);
-    compare(&tree, &image, dir.path());
+    if rustix::process::geteuid().is_root() {
+        compare(&tree, &image, dir.path());
+    }
+    fsck(&image);
     let size = fs_err::metadata(&image).unwrap().len();
     assert!(size < 60 << 20, "holes take space: {size} bytes");
 
