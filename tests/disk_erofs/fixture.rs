@@ -151,7 +151,7 @@ fn attributes(tree: &mut Tree) {
     let name = format!("user.{}", "x".repeat(250));
     let table = [
         ("capability", with(0o755, &[("security.capability", capability())])),
-        ("acl", with(0o674, &[("system.posix_acl_access", example_acl())])),
+        ("acl", with(0o774, &[("system.posix_acl_access", example_acl())])),
         (
             "all",
             with(0o644, &[("user.a", b"1".to_vec()), ("trusted.b", b"2".to_vec()), ("security.c", vec![]), (&name, vec![0; 3])]),
