@@ -18,3 +18,4 @@ pub mod error;
 pub mod fault;
 pub mod progress;
 pub mod sandbox;
+pub mod template;
