@@ -18,4 +18,13 @@ fn main() {
     let shown = if commit.is_empty() { version } else { format!("{version} ({commit})") };
     println!("cargo:rustc-env=PIPELINE_VERSION={shown}");
     println!("cargo:rustc-env=PIPELINE_COMMIT={commit}");
+    let out = std::env::var("OUT_DIR").unwrap_or_default();
+    println!("cargo:rerun-if-changed=init");
+    let status = Command::new(std::env::var("RUSTC").unwrap_or("rustc".into()))
+        .args(["--edition", "2024", "-C", "opt-level=s", "-C", "panic=abort", "-C", "codegen-units=1", "-C", "strip=symbols"])
+        .args(["-C", "target-feature=+crt-static", "-C", "relocation-model=static", "--crate-name", "pipeline_init"])
+        .env("PIPELINE_INIT_VERSION", std::env::var("CARGO_PKG_VERSION").unwrap_or_default())
+        .args(["-o", &format!("{out}/pipeline-init"), "init/main.rs"])
+        .status();
+    assert!(status.is_ok_and(|status| status.success()), "init/ does not compile");
 }

@@ -219,7 +219,8 @@ pub fn write(store: &Store, config: &Config, parts: &BTreeMap<Part, (Digest, u64
     Ok(descriptor(&manifest))
 }
 
-fn descriptor(manifest: &[u8]) -> Descriptor {
+/// The descriptor of a disk's manifest.
+pub fn descriptor(manifest: &[u8]) -> Descriptor {
     // No client takes it for an image it could run (DESIGN, section 7, contract 1).
     Descriptor {
         artifact_type: Some(DISK_TYPE.into()),

@@ -298,10 +298,15 @@ impl Store {
         self.adopt(temp, expected)
     }
 
+    /// Where files that are being written lie; what is left there is swept.
+    pub fn temp_dir(&self) -> PathBuf {
+        self.layout().join(".tmp")
+    }
+
     /// A file in the store that is gone again unless it is adopted.
     pub fn temp(&self) -> Result<tempfile::NamedTempFile> {
         fault::point("create a temporary blob");
-        let dir = self.layout().join(".tmp");
+        let dir = self.temp_dir();
         tempfile::Builder::new()
             .prefix("blob-")
             .tempfile_in(&dir)

@@ -9,7 +9,8 @@ use anyhow::{Context as _, Result};
 use serde::{Deserialize, Serialize};
 
 use crate::artifact::disk::{App, Package};
-use crate::disk::tree::Tree;
+use crate::disk::init::INIT;
+use crate::disk::tree::{Extent, File, Kind, Meta, Node, Source, Tree};
 use crate::error::Problem;
 
 /// The file by which the build tells the bake about the host.
@@ -238,10 +239,57 @@ fn parse_status(text: &str) -> Vec<Package> {
     packages
 }
 
+/// Folders a running system mounts something on, and their modes.
+const MOUNT_POINTS: [(&str, u16); 8] = [
+    ("dev", 0o755),
+    ("efi", 0o755),
+    ("etc", 0o755),
+    ("proc", 0o755),
+    ("run", 0o755),
+    ("sys", 0o755),
+    ("tmp", 0o1777),
+    ("var", 0o755),
+];
+/// Units every host runs, and what wants them. Our own hosts bring them; an image of another tool
+/// gets them here.
+const UNITS: [(&str, &str, &str); 2] = [
+    ("pipeline-watch.service", "sysinit.target", include_str!("../../templates/host/pipeline-watch.service")),
+    ("pipeline-bless.service", "boot-complete.target", include_str!("../../templates/host/pipeline-bless.service")),
+];
+const PROGRAM: &str = "usr/lib/pipeline/init";
+const UNIT_FOLDER: &str = "usr/lib/systemd/system";
+
+/// Adds to the tree what it lacks to run: mount points, our program and its units.
+pub fn complete(tree: &mut Tree, epoch: i64) {
+    let meta = |mode: u16| Meta { mode, mtime: epoch, ..Meta::default() };
+    let folder = meta(0o755);
+    for (path, mode) in MOUNT_POINTS {
+        if tree.find(path.as_bytes()).is_none() {
+            tree.put(path.as_bytes(), Node { meta: meta(mode), kind: Kind::Directory(BTreeMap::new()) }, &folder);
+        }
+    }
+    if tree.find(PROGRAM.as_bytes()).is_some() {
+        return;
+    }
+    let mut file = |path: &str, bytes: &[u8], mode: u16| {
+        let source = tree.add_source(Source::Memory(bytes.into()));
+        let size = bytes.len() as u64;
+        let extents = vec![Extent { offset: 0, length: size, source, source_offset: 0 }];
+        tree.put(path.as_bytes(), Node { meta: meta(mode), kind: Kind::File(File { size, extents }) }, &folder);
+    };
+    file(PROGRAM, INIT, 0o755);
+    for (name, _, text) in UNITS {
+        file(&format!("{UNIT_FOLDER}/{name}"), text.as_bytes(), 0o644);
+    }
+    for (name, target, _) in UNITS {
+        let link = Node { meta: meta(0o777), kind: Kind::Symlink(format!("../{name}").into_bytes()) };
+        tree.put(format!("{UNIT_FOLDER}/{target}.wants/{name}").as_bytes(), link, &folder);
+    }
+}
+
 #[cfg(test)]
 mod tests {
     use super::*;
-    use crate::disk::tree::{Extent, File, Kind, Meta, Node, Source};
 
     fn tree(files: &[&str]) -> Tree {
         let mut tree = Tree::default();

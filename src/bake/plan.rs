@@ -135,11 +135,13 @@ const fn round_up(value: u64, step: u64) -> u64 {
     value.div_ceil(step) * step
 }
 
-/// `1.5 GiB`, `300.2 MiB`: at most one digit behind the point.
+/// `3 GiB`, `3108 MiB`, `300.2 MiB`: exact, or rounded up to a tenth of a MiB.
 fn human(bytes: u64) -> String {
-    let (unit, name) = if bytes >= 1024 * MIB { (1024 * MIB, "GiB") } else { (MIB, "MiB") };
-    let tenths = bytes * 10 / unit;
-    if tenths.is_multiple_of(10) { format!("{} {name}", tenths / 10) } else { format!("{}.{} {name}", tenths / 10, tenths % 10) }
+    if bytes > 0 && bytes.is_multiple_of(1024 * MIB) {
+        return format!("{} GiB", bytes / (1024 * MIB));
+    }
+    let tenths = (bytes * 10).div_ceil(MIB);
+    if tenths.is_multiple_of(10) { format!("{} MiB", tenths / 10) } else { format!("{}.{} MiB", tenths / 10, tenths % 10) }
 }
 
 #[cfg(test)]
@@ -187,7 +189,7 @@ mod tests {
                 Sizes { previous_slot: Some(400 * MIB), ..sizes(500) },
                 "the root image is 500 MiB and the slot of the previous disk is 400 MiB",
             ),
-            (Sizes { disk: Some(2048 * MIB), ..sizes(300) }, "`host.disk.size` is 2 GiB, and this disk needs 3.1 GiB at least"),
+            (Sizes { disk: Some(2048 * MIB), ..sizes(300) }, "`host.disk.size` is 2 GiB, and this disk needs 3171 MiB at least"),
             (
                 Sizes { boot: 400 * MIB, ..sizes(300) },
                 "kernel, initrd and their unified image need 400 MiB and the ESP has 1015 MiB for 3 of them",

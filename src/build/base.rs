@@ -255,6 +255,30 @@ pub fn pull(build: &Build<'_>, image: &mut BaseImage) -> Result<()> {
     Ok(())
 }
 
+/// Brings the image `reference` into the store whole: `oci:DIR[:TAG]`, relative to `cwd`, or one in a
+/// registry. Answers a name for it (`NAME:TAG`) and its manifest.
+pub fn fetch(build: &Build<'_>, reference: &str, cwd: &Path) -> Result<(String, Digest)> {
+    if let Some(layout) = reference.strip_prefix("oci:") {
+        // A folder of that whole name goes first: names of folders may hold colons.
+        let (dir, tag) = match layout.rsplit_once(':') {
+            Some((dir, tag)) if !cwd.join(layout).exists() => (dir, Some(tag)),
+            _ => (layout, None),
+        };
+        let image = oci_layout(build.store, &cwd.join(dir), tag)?;
+        let name = Path::new(dir).file_name().map_or_else(|| "image".into(), |name| name.to_string_lossy().into_owned());
+        return Ok((format!("{name}:{}", tag.unwrap_or("latest")), image.manifest.context("an image of a layout")?));
+    }
+    let parsed: Reference = reference.parse()?;
+    let pinned = match parsed.digest() {
+        Some(digest) => digest,
+        None => registry(build)?.resolve(&parsed)?.digest,
+    };
+    let mut image = BaseImage { name: reference.into(), pinned, manifest: pulled(build.store, &pinned) };
+    pull(build, &mut image)?;
+    let name = parsed.repository().rsplit('/').next().unwrap_or("image").to_string();
+    Ok((format!("{name}:{}", parsed.tag().unwrap_or("latest")), image.manifest.context("a pulled image")?))
+}
+
 /// The registry client, with the caller's credentials and proxies.
 pub fn registry(build: &Build<'_>) -> Result<Registry> {
     let host = build.host;

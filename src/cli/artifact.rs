@@ -24,6 +24,16 @@ pub enum Verb {
         /// NAME, NAME:TAG or a digest
         image: String,
     },
+    /// Show what changed between two artifacts: packages, kernel, files, size
+    Diff {
+        /// NAME, NAME:TAG or a digest
+        from: String,
+        /// NAME, NAME:TAG or a digest
+        to: String,
+        /// Name every file, not only their numbers
+        #[arg(long)]
+        files: bool,
+    },
     /// Write an image to a file that `docker load`, `podman load` and `skopeo` read
     Export {
         /// NAME, NAME:TAG or a digest
@@ -78,6 +88,7 @@ pub fn run(global: &Global, verb: Verb) -> Result<u8> {
     match verb {
         Verb::List => list(global, &around),
         Verb::Show { image } => show(global, &around, &image),
+        Verb::Diff { from, to, files } => super::diff::run(global, &around, &from, &to, files),
         Verb::Export { image, output } => export(&around, &image, &output),
         Verb::Load { file } => load(global, &around, &file),
         Verb::Pull { reference } => pull(global, &around, &reference),

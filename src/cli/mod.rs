@@ -6,7 +6,9 @@
 #![allow(clippy::print_stdout, clippy::print_stderr, reason = "this is the level that talks to people")]
 
 mod artifact;
+mod bake;
 mod build;
+mod diff;
 mod disk;
 mod doctor;
 mod explain;
@@ -75,6 +77,8 @@ enum Verb {
     Plan(plan::Args),
     /// Build the image of a pipeline
     Build(build::Args),
+    /// Bake a built host into a bootable disk
+    Bake(bake::Args),
     /// Move pipeline.lock to today's packages
     Update(update::Args),
     /// Say which file, variable, package or base made which step run again
@@ -135,6 +139,7 @@ fn dispatch(cli: Cli) -> Result<u8> {
         Verb::Init(args) => init::run(&global, args),
         Verb::Plan(args) => plan::run(&global, args),
         Verb::Build(args) => build::run(&global, args),
+        Verb::Bake(args) => bake::run(&global, args),
         Verb::Update(args) => update::run(&global, args),
         Verb::Explain(args) => explain::run(&global, args),
         Verb::Run(args) => Ok(run::run(&global, args)),

@@ -1,0 +1,229 @@
+//! Puts what was brought in from outside where the running system looks for it. Nothing of it goes to the disk.
+//!
+//! | what | where |
+//! |---|---|
+//! | credentials systemd does not find by itself | `/run/credentials/@initrd/NAME` |
+//! | `system.hostname`, `hostname` | `/etc/hostname` in the overlay |
+//! | `ssh.authorized_keys.USER`, keys of NoCloud | `/run/pipeline/ssh/USER` |
+//! | `network.{network,link,netdev}.NAME` | `/run/systemd/network/NAME.network` … |
+//! | `network-config` | `/run/systemd/network/10-pipeline-CARD.network` |
+//! | `app.NAME.env`, `app.NAME.secret.KEY` | `/run/pipeline/apps/NAME/{env,secrets/KEY}` |
+
+use std::fs;
+use std::path::Path;
+
+use super::cloud::{self, Wishes};
+use super::credentials::{Brought, Credential, is_name};
+use super::{copy, log, yaml};
+
+const ROOT_ONLY: u32 = 0o400;
+
+/// Does all of it. What cannot be done is said on the console, and the boot goes on.
+///
+/// # Errors
+/// When `/run` cannot be written.
+pub fn apply(root: &Path, brought: &Brought) -> Result<(), String> {
+    let nocloud = brought.nocloud.as_ref();
+    let wishes = nocloud.map(|disk| cloud::wishes(&disk.meta_data, &disk.user_data, &disk.network_config)).unwrap_or_default();
+    wishes.problems.iter().for_each(|problem| log::warn(problem));
+    let done = hand_to_systemd(&brought.credentials)
+        .and_then(|()| hostname(root, brought, &wishes))
+        .and_then(|()| ssh_keys(root, brought, &wishes))
+        .and_then(|()| networks(root, brought, &wishes))
+        .and_then(|()| apps(root, brought));
+    done.map_err(|error| format!("the configuration from outside cannot be written: {error}"))
+}
+
+fn hand_to_systemd(credentials: &[Credential]) -> std::io::Result<()> {
+    let unknown = credentials.iter().filter(|credential| !credential.known).collect::<Vec<_>>();
+    if unknown.is_empty() {
+        return Ok(());
+    }
+    let folder = Path::new("/run/credentials/@initrd");
+    copy::folder(Path::new("/run/credentials"))?;
+    copy::folder_of(folder, 0o700, (0, 0))?;
+    unknown.iter().try_for_each(|each| copy::file(&folder.join(&each.name), &each.value, ROOT_ONLY, (0, 0)))
+}
+
+fn hostname(root: &Path, brought: &Brought, wishes: &Wishes) -> std::io::Result<()> {
+    let Some(name) = brought.text("system.hostname").or(wishes.hostname.clone()) else { return Ok(()) };
+    if !is_hostname(&name) {
+        log::warn("the hostname from outside is not one and is left out");
+        return Ok(());
+    }
+    copy::file(&root.join("etc/hostname"), format!("{name}\n").as_bytes(), 0o644, (0, 0))?;
+    // Programs that look up their own name find it without a name server.
+    let hosts = fs::read_to_string(root.join("etc/hosts")).unwrap_or_else(|_| "127.0.0.1\tlocalhost\n::1\tlocalhost\n".into());
+    let kept = hosts.lines().filter(|line| !line.starts_with("127.0.1.1")).map(|line| format!("{line}\n")).collect::<String>();
+    copy::file(&root.join("etc/hosts"), format!("{kept}127.0.1.1\t{name}\n").as_bytes(), 0o644, (0, 0))
+}
+
+/// Letters, digits and hyphens in parts of at most 63 (RFC 1123), 64 in all (Linux).
+pub fn is_hostname(name: &str) -> bool {
+    let part = |part: &str| {
+        let plain = part.bytes().all(|byte| byte.is_ascii_alphanumeric() || byte == b'-');
+        plain && (1..=63).contains(&part.len()) && !part.starts_with('-') && !part.ends_with('-')
+    };
+    name.len() <= 64 && name.split('.').all(part)
+}
+
+fn ssh_keys(root: &Path, brought: &Brought, wishes: &Wishes) -> std::io::Result<()> {
+    let mut users: Vec<(String, String)> = Vec::new();
+    let mut add = |user: &str, key: &str| match users.iter_mut().find(|(name, _)| name == user) {
+        Some((_, keys)) => *keys += &format!("{key}\n"),
+        None => users.push((user.to_string(), format!("{key}\n"))),
+    };
+    for credential in &brought.credentials {
+        if let Some(user) = credential.name.strip_prefix("ssh.authorized_keys.") {
+            add(user, String::from_utf8_lossy(&credential.value).trim_end());
+        }
+    }
+    wishes.keys.iter().for_each(|(user, key)| add(user, key));
+    if users.is_empty() {
+        return Ok(());
+    }
+    let folder = Path::new("/run/pipeline/ssh");
+    copy::folder_of(folder, 0o755, (0, 0))?;
+    let passwd = fs::read_to_string(root.join("etc/passwd")).unwrap_or_default();
+    for (user, keys) in users {
+        match owner(&passwd, &user) {
+            Some(owner) if is_name(&user) => copy::file(&folder.join(&user), keys.as_bytes(), 0o600, owner)?,
+            _ => log::warn(&format!("there is no user `{user}` for the ssh keys from outside")),
+        }
+    }
+    Ok(())
+}
+
+/// User and group of a name in passwd(5).
+pub fn owner(passwd: &str, user: &str) -> Option<(u32, u32)> {
+    let mut lines = passwd.lines().map(|line| line.split(':').collect::<Vec<_>>());
+    let line = lines.find(|fields| fields.len() >= 4 && fields[0] == user)?;
+    Some((line[2].parse().ok()?, line[3].parse().ok()?))
+}
+
+fn networks(root: &Path, brought: &Brought, wishes: &Wishes) -> std::io::Result<()> {
+    let mut files: Vec<(String, &[u8])> = Vec::new();
+    for credential in &brought.credentials {
+        for kind in ["network", "link", "netdev"] {
+            if let Some(name) = credential.name.strip_prefix("network.").and_then(|rest| rest.strip_prefix(kind)?.strip_prefix('.')) {
+                files.push((format!("{name}.{kind}"), &credential.value));
+            }
+        }
+    }
+    files.extend(wishes.networks.iter().map(|(name, text)| (name.clone(), text.as_bytes())));
+    if files.is_empty() {
+        return Ok(());
+    }
+    let folder = Path::new("/run/systemd/network");
+    copy::folder(folder)?;
+    // They may hold keys: for networkd alone, in the group of its user.
+    let group = fs::read_to_string(root.join("etc/group")).unwrap_or_default();
+    let group = group.lines().map(|line| line.split(':').collect::<Vec<_>>());
+    let mut group = group.filter(|fields| fields.len() >= 3 && fields[0] == "systemd-network");
+    let (mode, group) = group.next().and_then(|fields| fields[2].parse().ok()).map_or((0o644, 0), |group| (0o640, group));
+    files.iter().try_for_each(|(name, bytes)| copy::file(&folder.join(name), bytes, mode, (0, group)))
+}
+
+/// What a credential says to an app.
+#[derive(Debug, PartialEq, Eq)]
+pub enum ForApp<'a> {
+    Environment { app: &'a str },
+    Secret { app: &'a str, key: &'a str },
+}
+
+/// Reads the name `app.NAME.env` or `app.NAME.secret.KEY`.
+pub fn for_app(name: &str) -> Option<ForApp<'_>> {
+    let rest = name.strip_prefix("app.")?;
+    if let Some((app, key)) = rest.split_once(".secret.") {
+        return (!app.is_empty() && !key.is_empty()).then_some(ForApp::Secret { app, key });
+    }
+    rest.strip_suffix(".env").filter(|app| !app.is_empty()).map(|app| ForApp::Environment { app })
+}
+
+fn apps(root: &Path, brought: &Brought) -> std::io::Result<()> {
+    let installed = root.join("usr/lib/pipeline/apps");
+    let mut names: Vec<&str> = Vec::new();
+    for credential in brought.credentials.iter().filter(|credential| credential.name.starts_with("app.")) {
+        match for_app(&credential.name) {
+            Some(ForApp::Environment { app } | ForApp::Secret { app, .. }) => {
+                if !names.contains(&app) {
+                    names.push(app);
+                }
+            }
+            None => log::warn(&format!("the credential `{}` is neither app.NAME.env nor app.NAME.secret.KEY", credential.name)),
+        }
+    }
+    for app in names {
+        match fs::read_to_string(installed.join(app).join("app.json")).map(|text| app_owner(&text)) {
+            Ok(Some(owner)) => one_app(app, owner, &brought.credentials)?,
+            Ok(None) => log::warn(&format!("app.json of `{app}` is not understood: its credentials are left out")),
+            Err(_) => log::warn(&format!("there is no app `{app}` for the credentials from outside")),
+        }
+    }
+    Ok(())
+}
+
+/// The user an app runs as, from its `app.json`: `uid_base + user`.
+pub fn app_owner(text: &str) -> Option<u32> {
+    let app = yaml::parse(text).ok()?;
+    let number = |key: &str| app.get(key)?.text()?.parse::<u32>().ok();
+    let (base, user) = (number("uid_base")?, number("user")?);
+    if user < base { base.checked_add(user) } else { Some(user) }
+}
+
+fn one_app(app: &str, owner: u32, credentials: &[Credential]) -> std::io::Result<()> {
+    let folder = Path::new("/run/pipeline/apps");
+    copy::folder_of(folder, 0o711, (0, 0))?;
+    let folder = folder.join(app);
+    copy::folder_of(&folder, 0o711, (0, 0))?;
+    copy::folder_of(&folder.join("secrets"), 0o500, (owner, owner))?;
+    let mut environment = String::new();
+    for credential in credentials {
+        match for_app(&credential.name) {
+            Some(ForApp::Environment { app: name }) if name == app => {
+                let (lines, wrong) = self::environment(&String::from_utf8_lossy(&credential.value));
+                environment = lines + &environment;
+                for line in wrong {
+                    log::warn(&format!("line {line} of app.{app}.env is not KEY=VALUE and is left out"));
+                }
+            }
+            Some(ForApp::Secret { app: name, key }) if name == app => {
+                copy::file(&folder.join("secrets").join(key), &credential.value, ROOT_ONLY, (owner, owner))?;
+                if is_variable(key) {
+                    environment += &format!("{key}_FILE=\"/run/secrets/{key}\"\n");
+                } else {
+                    log::warn(&format!("the secret `{key}` of app `{app}` cannot name a variable: it is a file only"));
+                }
+            }
+            _ => {}
+        }
+    }
+    copy::file(&folder.join("env"), environment.as_bytes(), ROOT_ONLY, (0, 0))
+}
+
+fn is_variable(name: &str) -> bool {
+    !name.starts_with(|first: char| first.is_ascii_digit())
+        && !name.is_empty()
+        && name.bytes().all(|byte| byte.is_ascii_alphanumeric() || byte == b'_')
+}
+
+/// Lines `KEY=VALUE` in the words of systemd's `EnvironmentFile=`, so that every value arrives as it was
+/// written (a pair of quotes around all of it is taken off), and the numbers of the lines that are not.
+pub fn environment(text: &str) -> (String, Vec<usize>) {
+    let (mut out, mut wrong) = (String::new(), Vec::new());
+    for (line, number) in text.lines().zip(1..) {
+        let line = line.trim_end_matches('\r');
+        if line.trim().is_empty() || line.trim_start().starts_with('#') {
+            continue;
+        }
+        let Some((key, value)) = line.split_once('=').filter(|(key, _)| is_variable(key.trim())) else {
+            wrong.push(number);
+            continue;
+        };
+        let unquoted = |quote: char| value.strip_prefix(quote)?.strip_suffix(quote);
+        let value = unquoted('"').or_else(|| unquoted('\'')).unwrap_or(value);
+        let escaped = value.chars().flat_map(|each| ['\\'].into_iter().filter(move |_| "\"\\`$".contains(each)).chain([each]));
+        out += &format!("{}=\"{}\"\n", key.trim(), escaped.collect::<String>());
+    }
+    (out, wrong)
+}

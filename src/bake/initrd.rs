@@ -1,0 +1,58 @@
+//! The initrd of a disk: our static program with the modules of usual machines, or dracut's.
+//!
+//! Ours is a plain cpio archive, so that the kernel does not spend time on unpacking it:
+//!
+//! ```text
+//! /init                 the static program
+//! /modules/NAME.ko…     as the kernel's package compresses them; the kernel inflates them itself
+//! /modules.list         `NAME FILE DEPENDENCIES` of each
+//! /modules.alias        which hardware asks for which
+//! ```
+
+use anyhow::{Context as _, Result};
+
+use super::host::Host;
+use super::modules::{modules, names};
+use crate::disk::cpio;
+use crate::disk::init::{INIT, MODULES};
+use crate::disk::tree::Tree;
+
+/// The bytes of an initrd.
+#[derive(Debug, Clone)]
+pub struct Made {
+    pub bytes: Vec<u8>,
+    /// Modules of the list that this kernel does not have.
+    pub missing: Vec<String>,
+}
+
+/// The initrd that `host` asks for.
+pub fn initrd(tree: &Tree, host: &Host) -> Result<Made> {
+    if let Some(bytes) = &host.initramfs {
+        return Ok(Made { bytes: bytes.clone(), missing: Vec::new() });
+    }
+    let folder = format!("usr/lib/modules/{}", host.kernel);
+    let text = |name: &str| -> Result<String> {
+        let bytes = tree.read(format!("{folder}/{name}").as_bytes())?;
+        Ok(String::from_utf8_lossy(&bytes.unwrap_or_default()).into_owned())
+    };
+    let (dependencies, aliases, built_in) = (text("modules.dep")?, text("modules.alias")?, text("modules.builtin")?);
+    // Wishes of the pipeline file must be there; of our list, what this kernel has.
+    let found = modules(names(MODULES).chain(host.file.modules.iter().map(String::as_str)), &dependencies, &aliases, &built_in);
+    let wished = |name: &&String| host.file.modules.iter().any(|wish| wish.replace('-', "_") == **name);
+    let missing = found.missing.iter().filter(wished).cloned().collect();
+    let mut archive = cpio::Archive::new(Vec::new(), 0);
+    for folder in [&b"dev"[..], b"modules", b"proc", b"root", b"run", b"sys"] {
+        archive.folder(folder, 0o755)?;
+    }
+    archive.character_device(b"dev/console", 0o600, 5, 1)?;
+    archive.file(b"init", 0o755, INIT)?;
+    archive.file(b"modules.alias", 0o644, found.aliases.as_bytes())?;
+    archive.file(b"modules.list", 0o644, found.list.as_bytes())?;
+    for file in &found.files {
+        let path = format!("{folder}/{file}");
+        let bytes = tree.read(path.as_bytes())?.with_context(|| format!("the tree has no `/{path}`, which modules.dep names"))?;
+        let name = file.rsplit('/').next().unwrap_or(file);
+        archive.file(format!("modules/{name}").as_bytes(), 0o644, &bytes)?;
+    }
+    Ok(Made { bytes: archive.finish()?, missing })
+}
