@@ -22,6 +22,7 @@ mod fat;
 mod gpt;
 mod grubenv;
 mod guid;
+mod health;
 mod label;
 mod log;
 mod machine_id;
@@ -41,7 +42,7 @@ use std::os::unix::process::CommandExt as _;
 use std::path::Path;
 use std::process::{Command, ExitCode};
 
-const USAGE: &str = "usage: pipeline-init watch | bless | slots | agent | mount-root FOLDER | --version";
+const USAGE: &str = "usage: pipeline-init watch | bless | slots | agent | health CHECK | mount-root FOLDER | --version";
 
 fn main() -> ExitCode {
     let arguments = std::env::args().skip(1).collect::<Vec<_>>();
@@ -54,6 +55,7 @@ fn main() -> ExitCode {
         ["bless"] => running::bless(),
         ["slots"] => running::slots(),
         ["agent"] => agent::serve(),
+        ["health", check @ ..] => health::wait(check),
         ["mount-root", folder] => boot::mount_root(Path::new(folder)),
         ["chroot", folder, program, rest @ ..] => Err(chroot(folder, program, rest)),
         ["--version"] => running::version(),

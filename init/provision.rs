@@ -3,7 +3,7 @@
 //! | what | where |
 //! |---|---|
 //! | credentials systemd does not find by itself | `/run/credentials/@initrd/NAME` |
-//! | `system.hostname`, `hostname` | `/etc/hostname` in the overlay |
+//! | `system.hostname`, `hostname`, else the pattern of `host.json` | `/etc/hostname` in the overlay |
 //! | `ssh.authorized_keys.USER`, keys of NoCloud | `/run/pipeline/ssh/USER` |
 //! | `network.{network,link,netdev}.NAME` | `/run/systemd/network/NAME.network` … |
 //! | `network-config` | `/run/systemd/network/10-pipeline-CARD.network` |
@@ -46,7 +46,8 @@ fn hand_to_systemd(credentials: &[Credential]) -> std::io::Result<()> {
 }
 
 fn hostname(root: &Path, brought: &Brought, wishes: &Wishes) -> std::io::Result<()> {
-    let Some(name) = brought.text("system.hostname").or(wishes.hostname.clone()) else { return Ok(()) };
+    let outside = brought.text("system.hostname").or(wishes.hostname.clone());
+    let Some(name) = outside.or_else(|| hostname_of_pattern(root)) else { return Ok(()) };
     if !is_hostname(&name) {
         log::warn("the hostname from outside is not one and is left out");
         return Ok(());
@@ -56,6 +57,30 @@ fn hostname(root: &Path, brought: &Brought, wishes: &Wishes) -> std::io::Result<
     let hosts = fs::read_to_string(root.join("etc/hosts")).unwrap_or_else(|_| "127.0.0.1\tlocalhost\n::1\tlocalhost\n".into());
     let kept = hosts.lines().filter(|line| !line.starts_with("127.0.1.1")).map(|line| format!("{line}\n")).collect::<String>();
     copy::file(&root.join("etc/hosts"), format!("{kept}127.0.1.1\t{name}\n").as_bytes(), 0o644, (0, 0))
+}
+
+/// The name `host.json` has a pattern for.
+fn hostname_of_pattern(root: &Path) -> Option<String> {
+    let host = yaml::parse(&fs::read_to_string(root.join("usr/lib/pipeline/host.json")).ok()?).ok()?;
+    let pattern = host.get("hostname")?.text().filter(|pattern| pattern.contains('?'))?.to_string();
+    let id = fs::read_to_string(root.join("etc/machine-id")).ok()?;
+    Some(filled(&pattern, id.trim()))
+}
+
+/// `pattern` with a hexadecimal digit made of the machine-id in place of each `?`; the machine-id does not show in them.
+pub fn filled(pattern: &str, machine_id: &str) -> String {
+    // FNV-1a, 64 bits.
+    let hash = |text: &str| text.bytes().fold(0xcbf2_9ce4_8422_2325_u64, |hash, byte| (hash ^ u64::from(byte)).wrapping_mul(0x100_0000_01b3));
+    let mut count = 0;
+    let digit = |c: char| {
+        if c != '?' {
+            return c;
+        }
+        count += 1;
+        let digit = hash(&format!("hostname {count} {machine_id}")) >> 60;
+        char::from_digit(digit as u32, 16).unwrap_or('0')
+    };
+    pattern.chars().map(digit).collect()
 }
 
 /// Letters, digits and hyphens in parts of at most 63 (RFC 1123), 64 in all (Linux).

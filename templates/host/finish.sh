@@ -74,10 +74,25 @@ if [ -d /usr/share/doc ]; then
   find /usr/share/doc -mindepth 2 ! -type d ! -name copyright -delete
   find /usr/share/doc -depth -mindepth 1 -type d -empty -delete
 fi
-# Profiles that only allow a program user namespaces, which Debian's kernel allows anyway.
-if [ -d /etc/apparmor.d ]; then
-  grep -lE '^profile .*flags=\(unconfined\)' /etc/apparmor.d/* 2>/dev/null | xargs -r rm -f --
-fi
+# Profiles of programs that are not here, and those that only allow a program user namespaces,
+# which Debian's kernel allows anyway: each is compiled at boot.
+for profile in /etc/apparmor.d/*; do
+  [ -f "$profile" ] || continue
+  if grep -qE '^profile .*flags=\(unconfined\)' "$profile"; then
+    rm -f -- "$profile"
+    continue
+  fi
+  programs=$(sed -nE 's/^profile +[^ ]+ +(\/[^ ]+).*/\1/p' "$profile")
+  keep=yes
+  case $programs in
+    '' | *[\{\}\*\?\[@]*) ;;
+    *)
+      keep=
+      for program in $programs; do if [ -e "$program" ]; then keep=yes; fi; done
+      ;;
+  esac
+  [ -n "$keep" ] || rm -f -- "$profile"
+done
 rm -f /etc/.pwd.lock
 
 rm -rf /var/lib/dpkg/*-old /var/lib/dpkg/lock* /var/lib/dpkg/triggers/Lock /var/lib/dpkg/updates

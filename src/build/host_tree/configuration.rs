@@ -10,8 +10,9 @@ use serde::Serialize;
 use serde_json::{Value, json};
 
 use super::apps::AppInput;
-use super::{FOLDER, Folder, INIT, packages};
+use super::{FOLDER, Folder, packages};
 use crate::config::types::{FileContent, Host, Initrd, Open, Pipeline, Protocol};
+use crate::disk::init::INIT;
 use crate::error::Problem;
 use crate::template;
 
@@ -75,9 +76,7 @@ pub fn folder(pipeline: &Pipeline, host: &Host, apps: &[AppInput]) -> Result<Fol
             enabled.push(path);
         }
     }
-    if !INIT.is_empty() {
-        gathered.add("/usr/lib/pipeline/init", 0o755, INIT);
-    }
+    gathered.add("/usr/lib/pipeline/init", 0o755, INIT);
     settings(&mut gathered, host);
     if let Some(firewall) = &host.firewall {
         let mut open: BTreeSet<Open> = firewall.allow.iter().copied().collect();

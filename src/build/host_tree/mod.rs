@@ -25,10 +25,6 @@ use crate::oci::digest::Digest;
 /// Where a step of a host finds its lists and scripts.
 pub const FOLDER: &str = "/run/pipeline/host";
 
-/// The static program of a host.
-// The init is not part of this program yet: nothing is installed while this is empty.
-pub const INIT: &[u8] = b"";
-
 /// What a step of a host is given: files in one folder, and folders of this machine mounted there.
 #[derive(Debug, Clone, Default)]
 pub struct Folder {
