@@ -1,6 +1,8 @@
 #![allow(clippy::disallowed_methods, clippy::print_stdout, reason = "a build script talks to cargo by printing")]
 //! Tells the program the commit it is built from, and cargo what the embedded folders are.
 
+use std::env;
+use std::path::Path;
 use std::process::Command;
 
 fn main() {
@@ -18,13 +20,36 @@ fn main() {
     let shown = if commit.is_empty() { version } else { format!("{version} ({commit})") };
     println!("cargo:rustc-env=PIPELINE_VERSION={shown}");
     println!("cargo:rustc-env=PIPELINE_COMMIT={commit}");
-    let out = std::env::var("OUT_DIR").unwrap_or_default();
+    static_init();
+}
+
+/// Compiles the static program of a host (`init/`), which `src/disk/init.rs` embeds.
+///
+/// Its bytes depend on its sources and the compiler alone: paths are mapped, and it knows the version but
+/// not the commit.
+fn static_init() {
     println!("cargo:rerun-if-changed=init");
-    let status = Command::new(std::env::var("RUSTC").unwrap_or("rustc".into()))
-        .args(["--edition", "2024", "-C", "opt-level=s", "-C", "panic=abort", "-C", "codegen-units=1", "-C", "strip=symbols"])
-        .args(["-C", "target-feature=+crt-static", "-C", "relocation-model=static", "--crate-name", "pipeline_init"])
-        .env("PIPELINE_INIT_VERSION", std::env::var("CARGO_PKG_VERSION").unwrap_or_default())
-        .args(["-o", &format!("{out}/pipeline-init"), "init/main.rs"])
-        .status();
-    assert!(status.is_ok_and(|status| status.success()), "init/ does not compile");
+    let variable = |name: &str| env::var(name).unwrap_or_else(|_| panic!("cargo sets {name}"));
+    let folder = Path::new(&variable("CARGO_MANIFEST_DIR")).join("init");
+    let out = Path::new(&variable("OUT_DIR")).join("pipeline-init");
+    let mut rustc = Command::new(variable("RUSTC"));
+    rustc.args(["--edition", "2024", "--crate-name", "pipeline_init", "--crate-type", "bin", "--target", &variable("TARGET")]);
+    // Static and at a fixed address, as small as it gets; the kernel starts it before there is a loader.
+    for option in [
+        "opt-level=s",
+        "panic=abort",
+        "lto=fat",
+        "codegen-units=1",
+        "strip=symbols",
+        "target-feature=+crt-static",
+        "relocation-model=static",
+        "link-arg=-Wl,--build-id=none",
+    ] {
+        rustc.args(["-C", option]);
+    }
+    rustc.arg("--remap-path-prefix").arg(format!("{}=init", folder.display()));
+    rustc.arg("-o").arg(&out).arg(folder.join("main.rs"));
+    rustc.env("PIPELINE_INIT_VERSION", variable("CARGO_PKG_VERSION"));
+    let status = rustc.status().unwrap_or_else(|error| panic!("rustc cannot be started: {error}"));
+    assert!(status.success(), "init/main.rs was not compiled");
 }

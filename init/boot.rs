@@ -268,7 +268,8 @@ fn end(failure: Failure, found: Option<&Found>) -> ! {
             let letter = found.map_or("?", |found| found.slot.letter()).to_uppercase();
             let title = format!("SLOT {letter} IS DAMAGED");
             if marked != Ok(false) {
-                log::alarm(&[&title, &message, &error, "restarting in 5 seconds"]);
+                let lines = [title.as_str(), &message, &error, "restarting in 5 seconds"];
+                log::alarm(&lines.into_iter().filter(|line| !line.is_empty()).collect::<Vec<_>>());
             } else {
                 log::alarm(&[&title, &message, "NO OTHER GOOD SLOT EXISTS. THE MACHINE STOPS HERE.", "write the disk anew"]);
                 sys::sync_all();

@@ -57,10 +57,14 @@ impl Wishes {
         let Some(meta) = self.document("meta-data", text) else { return };
         for (key, value) in meta.pairs() {
             match key.as_str() {
-                "local-hostname" | "local_hostname" => self.hostname = value.text().map(ToString::to_string).or(self.hostname.take()),
+                "local-hostname" | "local_hostname" => {
+                    self.hostname = value.text().map(ToString::to_string).or(self.hostname.take())
+                }
                 "hostname" => self.hostname = self.hostname.take().or(value.text().map(ToString::to_string)),
                 "public-keys" | "public_keys" => self.public_keys(value),
-                "network-interfaces" => self.problem("`network-interfaces` in meta-data is not supported: use network-config".into()),
+                "network-interfaces" => {
+                    self.problem("`network-interfaces` in meta-data is not supported: use network-config".into())
+                }
                 // Identity of the instance in a cloud: nothing here runs once per instance.
                 _ => {}
             }
@@ -315,7 +319,9 @@ impl Network {
                     self.servers.extend(value.get("addresses").and_then(Value::texts).unwrap_or_default());
                     self.domains.extend(value.get("search").and_then(Value::texts).unwrap_or_default());
                 }
-                "set-name" => problems.push(format!("`set-name` of `{name}` in network-config is not supported: the card keeps its name")),
+                "set-name" => {
+                    problems.push(format!("`set-name` of `{name}` in network-config is not supported: the card keeps its name"))
+                }
                 _ => problems.push(format!("`{key}` of `{name}` in network-config is not supported")),
             }
         }

@@ -136,11 +136,8 @@ fn read_nocloud(device: &str, kind: &str, modules: &mut Modules, brought: &mut B
         other => other.unwrap_or_default(),
     };
     let text = |name: &str| String::from_utf8_lossy(&optional(name)).into_owned();
-    brought.nocloud = Some(NoCloud {
-        meta_data: text("meta-data"),
-        user_data: optional("user-data"),
-        network_config: text("network-config"),
-    });
+    brought.nocloud =
+        Some(NoCloud { meta_data: text("meta-data"), user_data: optional("user-data"), network_config: text("network-config") });
     for name in entries(&folder.join("cred")) {
         brought.add(&name, optional(&format!("cred/{name}")), false);
     }

@@ -84,9 +84,9 @@ impl Esp {
             Err(_) => true,
             Ok(file) => {
                 let block = fat.read(&file).map_err(|error| self.say(error))?;
-                let same = |(name, value): &(String, &str)| grubenv::parse(&block).is_ok_and(|all| {
-                    all.iter().any(|(key, old)| key == name && old == value)
-                });
+                let same = |(name, value): &(String, &str)| {
+                    grubenv::parse(&block).is_ok_and(|all| all.iter().any(|(key, old)| key == name && old == value))
+                };
                 grub_marks(slot, mark == Mark::Good).iter().all(same)
             }
         };

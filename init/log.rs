@@ -13,7 +13,6 @@ pub fn set_debug(on: bool) {
     DEBUG.store(on, Ordering::Relaxed);
 }
 
-
 pub fn debugging() -> bool {
     DEBUG.load(Ordering::Relaxed)
 }

@@ -9,6 +9,7 @@
 #![warn(missing_debug_implementations)]
 
 mod agent;
+mod alias;
 mod boot;
 mod cloud;
 mod cmdline;
@@ -23,6 +24,7 @@ mod gpt;
 mod grubenv;
 mod guid;
 mod health;
+mod kmsg;
 mod label;
 mod log;
 mod machine_id;
@@ -36,6 +38,7 @@ mod sys;
 mod var;
 mod verity;
 mod watch;
+mod wording;
 mod yaml;
 
 use std::os::unix::process::CommandExt as _;

@@ -14,7 +14,8 @@ use std::path::Path;
 
 use super::cloud::{self, Wishes};
 use super::credentials::{Brought, Credential, is_name};
-use super::{copy, log, yaml};
+use super::wording::{ForApp, app_owner, environment, filled, for_app, is_hostname, is_variable, owner};
+use super::{copy, log};
 
 const ROOT_ONLY: u32 = 0o400;
 
@@ -67,31 +68,6 @@ fn hostname_of_pattern(root: &Path) -> Option<String> {
     Some(filled(&pattern, id.trim()))
 }
 
-/// `pattern` with a hexadecimal digit made of the machine-id in place of each `?`; the machine-id does not show in them.
-pub fn filled(pattern: &str, machine_id: &str) -> String {
-    // FNV-1a, 64 bits.
-    let hash = |text: &str| text.bytes().fold(0xcbf2_9ce4_8422_2325_u64, |hash, byte| (hash ^ u64::from(byte)).wrapping_mul(0x100_0000_01b3));
-    let mut count = 0;
-    let digit = |c: char| {
-        if c != '?' {
-            return c;
-        }
-        count += 1;
-        let digit = hash(&format!("hostname {count} {machine_id}")) >> 60;
-        char::from_digit(digit as u32, 16).unwrap_or('0')
-    };
-    pattern.chars().map(digit).collect()
-}
-
-/// Letters, digits and hyphens in parts of at most 63 (RFC 1123), 64 in all (Linux).
-pub fn is_hostname(name: &str) -> bool {
-    let part = |part: &str| {
-        let plain = part.bytes().all(|byte| byte.is_ascii_alphanumeric() || byte == b'-');
-        plain && (1..=63).contains(&part.len()) && !part.starts_with('-') && !part.ends_with('-')
-    };
-    name.len() <= 64 && name.split('.').all(part)
-}
-
 fn ssh_keys(root: &Path, brought: &Brought, wishes: &Wishes) -> std::io::Result<()> {
     let mut users: Vec<(String, String)> = Vec::new();
     let mut add = |user: &str, key: &str| match users.iter_mut().find(|(name, _)| name == user) {
@@ -119,18 +95,13 @@ fn ssh_keys(root: &Path, brought: &Brought, wishes: &Wishes) -> std::io::Result<
     Ok(())
 }
 
-/// User and group of a name in passwd(5).
-pub fn owner(passwd: &str, user: &str) -> Option<(u32, u32)> {
-    let mut lines = passwd.lines().map(|line| line.split(':').collect::<Vec<_>>());
-    let line = lines.find(|fields| fields.len() >= 4 && fields[0] == user)?;
-    Some((line[2].parse().ok()?, line[3].parse().ok()?))
-}
-
 fn networks(root: &Path, brought: &Brought, wishes: &Wishes) -> std::io::Result<()> {
     let mut files: Vec<(String, &[u8])> = Vec::new();
     for credential in &brought.credentials {
         for kind in ["network", "link", "netdev"] {
-            if let Some(name) = credential.name.strip_prefix("network.").and_then(|rest| rest.strip_prefix(kind)?.strip_prefix('.')) {
+            if let Some(name) =
+                credential.name.strip_prefix("network.").and_then(|rest| rest.strip_prefix(kind)?.strip_prefix('.'))
+            {
                 files.push((format!("{name}.{kind}"), &credential.value));
             }
         }
@@ -147,22 +118,6 @@ fn networks(root: &Path, brought: &Brought, wishes: &Wishes) -> std::io::Result<
     let mut group = group.filter(|fields| fields.len() >= 3 && fields[0] == "systemd-network");
     let (mode, group) = group.next().and_then(|fields| fields[2].parse().ok()).map_or((0o644, 0), |group| (0o640, group));
     files.iter().try_for_each(|(name, bytes)| copy::file(&folder.join(name), bytes, mode, (0, group)))
-}
-
-/// What a credential says to an app.
-#[derive(Debug, PartialEq, Eq)]
-pub enum ForApp<'a> {
-    Environment { app: &'a str },
-    Secret { app: &'a str, key: &'a str },
-}
-
-/// Reads the name `app.NAME.env` or `app.NAME.secret.KEY`.
-pub fn for_app(name: &str) -> Option<ForApp<'_>> {
-    let rest = name.strip_prefix("app.")?;
-    if let Some((app, key)) = rest.split_once(".secret.") {
-        return (!app.is_empty() && !key.is_empty()).then_some(ForApp::Secret { app, key });
-    }
-    rest.strip_suffix(".env").filter(|app| !app.is_empty()).map(|app| ForApp::Environment { app })
 }
 
 fn apps(root: &Path, brought: &Brought) -> std::io::Result<()> {
@@ -188,26 +143,18 @@ fn apps(root: &Path, brought: &Brought) -> std::io::Result<()> {
     Ok(())
 }
 
-/// The user an app runs as, from its `app.json`: `uid_base + user`.
-pub fn app_owner(text: &str) -> Option<u32> {
-    let app = yaml::parse(text).ok()?;
-    let number = |key: &str| app.get(key)?.text()?.parse::<u32>().ok();
-    let (base, user) = (number("uid_base")?, number("user")?);
-    if user < base { base.checked_add(user) } else { Some(user) }
-}
-
 fn one_app(app: &str, owner: u32, credentials: &[Credential]) -> std::io::Result<()> {
     let folder = Path::new("/run/pipeline/apps");
     copy::folder_of(folder, 0o711, (0, 0))?;
     let folder = folder.join(app);
     copy::folder_of(&folder, 0o711, (0, 0))?;
     copy::folder_of(&folder.join("secrets"), 0o500, (owner, owner))?;
-    let mut environment = String::new();
+    let mut lines = String::new();
     for credential in credentials {
         match for_app(&credential.name) {
             Some(ForApp::Environment { app: name }) if name == app => {
-                let (lines, wrong) = self::environment(&String::from_utf8_lossy(&credential.value));
-                environment = lines + &environment;
+                let (more, wrong) = environment(&String::from_utf8_lossy(&credential.value));
+                lines = more + &lines;
                 for line in wrong {
                     log::warn(&format!("line {line} of app.{app}.env is not KEY=VALUE and is left out"));
                 }
@@ -215,7 +162,7 @@ fn one_app(app: &str, owner: u32, credentials: &[Credential]) -> std::io::Result
             Some(ForApp::Secret { app: name, key }) if name == app => {
                 copy::file(&folder.join("secrets").join(key), &credential.value, ROOT_ONLY, (owner, owner))?;
                 if is_variable(key) {
-                    environment += &format!("{key}_FILE=\"/run/secrets/{key}\"\n");
+                    lines += &format!("{key}_FILE=\"/run/secrets/{key}\"\n");
                 } else {
                     log::warn(&format!("the secret `{key}` of app `{app}` cannot name a variable: it is a file only"));
                 }
@@ -223,32 +170,5 @@ fn one_app(app: &str, owner: u32, credentials: &[Credential]) -> std::io::Result
             _ => {}
         }
     }
-    copy::file(&folder.join("env"), environment.as_bytes(), ROOT_ONLY, (0, 0))
-}
-
-fn is_variable(name: &str) -> bool {
-    !name.starts_with(|first: char| first.is_ascii_digit())
-        && !name.is_empty()
-        && name.bytes().all(|byte| byte.is_ascii_alphanumeric() || byte == b'_')
-}
-
-/// Lines `KEY=VALUE` in the words of systemd's `EnvironmentFile=`, so that every value arrives as it was
-/// written (a pair of quotes around all of it is taken off), and the numbers of the lines that are not.
-pub fn environment(text: &str) -> (String, Vec<usize>) {
-    let (mut out, mut wrong) = (String::new(), Vec::new());
-    for (line, number) in text.lines().zip(1..) {
-        let line = line.trim_end_matches('\r');
-        if line.trim().is_empty() || line.trim_start().starts_with('#') {
-            continue;
-        }
-        let Some((key, value)) = line.split_once('=').filter(|(key, _)| is_variable(key.trim())) else {
-            wrong.push(number);
-            continue;
-        };
-        let unquoted = |quote: char| value.strip_prefix(quote)?.strip_suffix(quote);
-        let value = unquoted('"').or_else(|| unquoted('\'')).unwrap_or(value);
-        let escaped = value.chars().flat_map(|each| ['\\'].into_iter().filter(move |_| "\"\\`$".contains(each)).chain([each]));
-        out += &format!("{}=\"{}\"\n", key.trim(), escaped.collect::<String>());
-    }
-    (out, wrong)
+    copy::file(&folder.join("env"), lines.as_bytes(), ROOT_ONLY, (0, 0))
 }

@@ -58,7 +58,20 @@ fn make_or_rescue(root: &Path, device: &Path, start: &[u8]) -> Result<(), String
     log::note(&format!("making /var on {}", device.display()));
     // Blocks and inodes as on a large disk, since a small one may grow. Nothing is discarded or zeroed now:
     // the kernel does it later, in the background.
-    let options = ["-q", "-F", "-L", "var", "-m", "1", "-b", "4096", "-i", "16384", "-E", "nodiscard,lazy_itable_init=1,lazy_journal_init=1"];
+    let options = [
+        "-q",
+        "-F",
+        "-L",
+        "var",
+        "-m",
+        "1",
+        "-b",
+        "4096",
+        "-i",
+        "16384",
+        "-E",
+        "nodiscard,lazy_itable_init=1,lazy_journal_init=1",
+    ];
     let (code, words) = run(root, &["/sbin/mkfs.ext4", "/usr/sbin/mkfs.ext4"], &options, device)?;
     if code == 0 { Ok(()) } else { Err(format!("mkfs.ext4 of /var failed with status {code}: {words}")) }
 }
@@ -107,9 +120,10 @@ impl Drop for Inside<'_> {
 /// Runs a program of the root, in it; its status and the last lines of what it said.
 fn run(root: &Path, programs: &[&str], options: &[&str], device: &Path) -> Result<(i32, String), String> {
     let inside = |program: &&&str| root.join(program.trim_start_matches('/')).exists();
-    let program = programs.iter().find(inside).ok_or_else(|| {
-        format!("/var needs {} and the image has none: add the package e2fsprogs to the host", programs[0])
-    })?;
+    let program = programs
+        .iter()
+        .find(inside)
+        .ok_or_else(|| format!("/var needs {} and the image has none: add the package e2fsprogs to the host", programs[0]))?;
     let _mounts = Inside::bind(root);
     let mut command = Command::new("/proc/self/exe");
     command.arg("chroot").arg(root).arg(program).args(options).arg(device);

@@ -9,21 +9,10 @@ use std::time::Duration;
 
 use super::esp::Mark;
 use super::sys::{self, Reset};
-use super::{dm, log, running};
+use super::{dm, kmsg, log, running};
 
 /// How long the message stands on the console before the power goes.
 const READING_TIME: Duration = Duration::from_secs(2);
-
-/// A message of the kernel itself (facility 0) that says that a block is corrupted.
-/// Records: kernel documentation, ABI `dev-kmsg`.
-pub fn is_corruption(record: &str) -> bool {
-    let Some((prefix, message)) = record.split_once(';') else { return false };
-    let priority = prefix.split(',').next().and_then(|text| text.parse::<u32>().ok());
-    let message = message.lines().next().unwrap_or_default();
-    priority.is_some_and(|priority| priority >> 3 == 0)
-        && message.contains("device-mapper: verity:")
-        && message.contains("is corrupted")
-}
 
 /// Runs until the root is damaged; then the machine ends.
 ///
@@ -43,7 +32,7 @@ pub fn watch() -> Result<(), String> {
         }
         look = match kmsg.read(&mut buffer) {
             Ok(0) => return Err("/dev/kmsg ended".into()),
-            Ok(length) => is_corruption(&String::from_utf8_lossy(&buffer[..length])),
+            Ok(length) => kmsg::is_corruption(&String::from_utf8_lossy(&buffer[..length])),
             // Records were overwritten before they were read.
             Err(error) if error.kind() == ErrorKind::BrokenPipe => true,
             Err(error) if error.kind() == ErrorKind::Interrupted => false,

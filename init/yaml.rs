@@ -195,6 +195,7 @@ impl Parser {
         match text.as_bytes()[0] {
             b'|' | b'>' => return self.block(text, indent),
             b'&' | b'*' | b'!' => return Err(self.fault("has an anchor, alias or tag, which is not supported")),
+            b'?' if text == "?" || text.starts_with("? ") => return Err(self.fault("is an explicit key, which is not supported")),
             b'%' | b'@' | b'`' => return Err(self.fault("starts with a reserved character")),
             b'[' | b'{' | b'"' | b'\'' => {}
             _ => {
@@ -282,8 +283,11 @@ fn folded(lines: &[String]) -> String {
 /// Without a comment, which starts with `#` behind a blank and outside of quotes.
 fn uncommented(text: &str) -> &str {
     let (mut quote, mut before) = (None, ' ');
-    for (at, each) in text.char_indices() {
+    let mut characters = text.char_indices().peekable();
+    while let Some((at, each)) = characters.next() {
         match (quote, each) {
+            // Two in a row are one inside of single quotes.
+            (Some('\''), '\'') if characters.next_if(|(_, next)| *next == '\'').is_some() => {}
             (Some(open), _) if open == each && !(open == '"' && before == '\\') => quote = None,
             (None, '#') if before.is_whitespace() => return text[..at].trim(),
             (None, '"' | '\'') if before.is_whitespace() || "[{,:".contains(before) => quote = Some(each),

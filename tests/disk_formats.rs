@@ -7,7 +7,7 @@ use std::path::Path;
 use std::process::{Command, Stdio};
 use std::sync::Arc;
 
-use pipeline::disk::{fat, gpt, index, table, verity};
+use pipeline::disk::{cpio, export, fat, gpt, grub, index, table, uki, verity};
 use tempfile::TempDir;
 
 /// Runs a program and gives what it printed on both streams; a program that is missing is named.
@@ -294,4 +294,214 @@ fn fat_volumes_are_changed_in_place() {
     }
     assert_eq!(volume.free_bytes(), free);
     fsck(&image);
+}
+
+/// The headers of an EFI program such as systemd's stub: two sections and room for more.
+fn stub() -> Vec<u8> {
+    let mut bytes = vec![0; 0x600];
+    let mut put = |at: usize, field: &[u8]| bytes[at..at + field.len()].copy_from_slice(field);
+    put(0, b"MZ");
+    put(0x3c, &0x80_u32.to_le_bytes());
+    put(0x80, b"PE\0\0");
+    // Machine, sections, time, symbols, number of symbols, size of the optional header, flags.
+    put(0x84, &0x8664_u16.to_le_bytes());
+    put(0x86, &2_u16.to_le_bytes());
+    put(0x88, &0x1234_5678_u32.to_le_bytes());
+    put(0x94, &240_u16.to_le_bytes());
+    put(0x96, &0x22e_u16.to_le_bytes());
+    let optional = 0x98;
+    put(optional, &0x20b_u16.to_le_bytes());
+    let numbers: [(usize, u32); 11] = [
+        (4, 0x200),
+        (8, 0x100),
+        (16, 0x1000),
+        (20, 0x1000),
+        (32, 0x1000),
+        (36, 0x200),
+        (44, 255 << 16 | 257),
+        (48, 1),
+        (56, 0x3000),
+        (60, 0x400),
+        (108, 16),
+    ];
+    numbers.into_iter().for_each(|(at, number)| put(optional + at, &number.to_le_bytes()));
+    put(optional + 24, &0x1_4000_0000_u64.to_le_bytes());
+    put(optional + 68, &10_u16.to_le_bytes());
+    put(optional + 70, &0x160_u16.to_le_bytes());
+    for (index, (name, size, address, offset, flags)) in
+        [(&b".text"[..], 0x200_u32, 0x1000_u32, 0x400_u32, 0x6000_0020_u32), (b".sbat", 0x100, 0x2000, 0x600, 0x4000_0040)]
+            .into_iter()
+            .enumerate()
+    {
+        let at = optional + 240 + index * 40;
+        put(at, name);
+        for (field, number) in [(8, size), (12, address), (16, 0x200), (20, offset), (36, flags)] {
+            put(at + field, &number.to_le_bytes());
+        }
+    }
+    bytes.resize(0x800, 0xcc);
+    bytes
+}
+
+#[test]
+fn unified_images_are_read_by_objdump() {
+    let folder = TempDir::new().unwrap();
+    let path = folder.path().join("image.efi");
+    let (stub, kernel, initrd) = (stub(), noise(300_001, 1), noise(70_000, 2));
+    let parts = uki::Parts {
+        stub: &stub,
+        kernel: &kernel,
+        initrd: &initrd,
+        cmdline: "quiet panic=5",
+        osrel: "ID=pipeline\n",
+        uname: "6.12.0-amd64",
+    };
+    let image = uki::assemble(&parts).unwrap();
+    assert!(image.len() as u64 <= uki::size_estimate(&parts));
+    fs_err::write(&path, &image).unwrap();
+    let contents: [(&str, &[u8]); 5] = [
+        (".osrel", b"ID=pipeline\n"),
+        (".cmdline", b"quiet panic=5"),
+        (".uname", b"6.12.0-amd64"),
+        (".linux", &kernel),
+        (".initrd", &initrd),
+    ];
+    let out = folder.path().join("section");
+    for (name, expected) in contents {
+        agrees("binutils", "objcopy", &["-O", "binary", &format!("--only-section={name}"), text(&path), text(&out)]);
+        assert!(fs_err::read(&out).unwrap() == expected, "{name}");
+        assert!(uki::content(&image, name).unwrap() == Some(expected), "{name}");
+    }
+    let said = agrees("binutils", "objdump", &["-h", text(&path)]);
+    let rows: Vec<Vec<&str>> = said.lines().map(|line| line.split_whitespace().collect()).collect();
+    let theirs: Vec<(String, u32, u32, u32)> = rows
+        .iter()
+        .filter(|row| row.len() == 7 && row[0].parse::<u32>().is_ok())
+        .map(|row| {
+            let number = |at: usize| u64::from_str_radix(row[at], 16).unwrap();
+            (row[1].into(), number(2) as u32, (number(3) - 0x1_4000_0000) as u32, number(5) as u32)
+        })
+        .collect();
+    let ours: Vec<(String, u32, u32, u32)> = uki::sections(&image)
+        .unwrap()
+        .into_iter()
+        .map(|section| (section.name, section.size, section.address, section.offset))
+        .collect();
+    assert_eq!((theirs.len(), &theirs), (7, &ours));
+    let said = agrees("binutils", "objdump", &["-p", text(&path)]);
+    let last = ours.last().unwrap();
+    let size = (last.1 + last.2).next_multiple_of(4096);
+    assert!(said.contains(&format!("SizeOfImage\t\t{size:08x}")) && said.contains("CheckSum\t\t00000000"), "{said}");
+    // A second time is one section too many; a stub with full headers has no room.
+    let message = |stub: &[u8]| uki::assemble(&uki::Parts { stub, ..parts }).unwrap_err().message;
+    let mut full = stub.clone();
+    full[0x1d8..0x400].fill(1);
+    assert_eq!(message(&full), "the EFI stub has no room for more sections");
+}
+
+#[test]
+fn initrd_archives_are_read_by_cpio() {
+    let folder = TempDir::new().unwrap();
+    let archive = |time| {
+        let mut archive = cpio::Archive::new(Vec::new(), time);
+        archive.folder(b"dev", 0o755).unwrap();
+        archive.character_device(b"dev/console", 0o600, 5, 1).unwrap();
+        archive.folder(b"modules", 0o755).unwrap();
+        for size in 0..9 {
+            archive.file(format!("modules/{size}.ko.xz").as_bytes(), 0o644, &noise(size, 1)).unwrap();
+        }
+        archive.file_from(b"init", 0o755, &noise(100_001, 2)[..], 100_001).unwrap();
+        archive.link(b"sbin", b"modules/..").unwrap();
+        archive.finish().unwrap()
+    };
+    assert_eq!(archive(5), archive(5));
+    let path = folder.path().join("initrd");
+    fs_err::write(&path, archive(1_700_000_000)).unwrap();
+    let said = agrees("cpio", "cpio", &["--list", "--verbose", "--numeric-uid-gid", "--file", text(&path)]);
+    let rows: Vec<String> = said.lines().map(|line| line.split_whitespace().collect::<Vec<_>>().join(" ")).collect();
+    let date = "Nov 14 2023";
+    let expected = [
+        format!("drwxr-xr-x 2 0 0 0 {date} dev"),
+        format!("crw------- 1 0 0 5, 1 {date} dev/console"),
+        format!("drwxr-xr-x 2 0 0 0 {date} modules"),
+    ];
+    assert_eq!(rows[..3], expected);
+    assert_eq!(
+        rows[3..12],
+        (0..9).map(|size| format!("-rw-r--r-- 1 0 0 {size} {date} modules/{size}.ko.xz")).collect::<Vec<_>>()
+    );
+    assert_eq!(
+        rows[12..14],
+        [format!("-rwxr-xr-x 1 0 0 100001 {date} init"), format!("lrwxrwxrwx 1 0 0 10 {date} sbin -> modules/..")]
+    );
+    let said = agrees("cpio", "cpio", &["--extract", "--to-stdout", "--quiet", "--file", text(&path), "modules/7.ko.xz"]);
+    assert_eq!(said, String::from_utf8_lossy(&noise(7, 1)));
+    let short = cpio::Archive::new(Vec::new(), 0).file_from(b"x", 0o644, &b"ab"[..], 3).unwrap_err();
+    assert_eq!(short.kind(), std::io::ErrorKind::UnexpectedEof);
+}
+
+#[test]
+fn the_shipped_environment_is_grubs() {
+    // GRUB's own parser has read it under SeaBIOS; here its script has to name what it names.
+    for name in ["order", "good_a", "tries_a", "good_b", "tries_b"] {
+        assert!(grub::Environment::shipped().get(name).is_some() && grub::CONFIGURATION.contains(name), "{name}");
+    }
+}
+
+/// A raw image with data in odd places: at both ends, across tables, and zeros that are written.
+fn raw_image(path: &Path, bytes: u64) {
+    let file = File::options().read(true).write(true).create(true).truncate(true).open(path).unwrap();
+    file.set_len(bytes).unwrap();
+    let noise = noise(3 << 20, 5);
+    let text = "the same words again and again, as in files of text; ".repeat(40_000).into_bytes();
+    file.write_all_at(&noise, 0).unwrap();
+    file.write_all_at(&text, (32 << 20) - 1000).unwrap();
+    file.write_all_at(&vec![0; 5 << 20], 40 << 20).unwrap();
+    file.write_all_at(&noise[..700_000], (64 << 20) + 4096).unwrap();
+    file.write_all_at(b"one", 70 << 20).unwrap();
+    file.write_all_at(b"end", bytes - 3).unwrap();
+}
+
+#[test]
+fn exports_come_back_and_are_the_same_twice() {
+    let folder = TempDir::new().unwrap();
+    let path = |name: &str| folder.path().join(name);
+    let (raw, solid) = (path("disk.raw"), path("solid.raw"));
+    let program_path = std::env::var_os("PATH").unwrap();
+    let length = 97 << 20;
+    raw_image(&raw, length);
+    // The same bytes without holes: how a file lies on its disk must not matter.
+    agrees("coreutils", "cp", &["--sparse=never", text(&raw), text(&solid)]);
+    let digest: [u8; 32] = noise(32, 4).try_into().unwrap();
+    for format in export::Format::ALL {
+        let (first, second, back) = (path("first"), path("second"), path("back"));
+        export::export(&export::Export { pieces: &[&raw], digest: &digest, threads: 2, path: &program_path }, format, &first)
+            .unwrap();
+        export::export(&export::Export { pieces: &[&solid], digest: &digest, threads: 1, path: &program_path }, format, &second)
+            .unwrap();
+        assert!(fs_err::read(&first).unwrap() == fs_err::read(&second).unwrap(), "{format} is not the same twice");
+        let convert =
+            |from: &str| agrees("qemu-utils", "qemu-img", &["convert", "-f", from, "-O", "raw", text(&first), text(&back)]);
+        let mut expected = length;
+        match format {
+            export::Format::Raw => drop(fs_err::copy(&first, &back).unwrap()),
+            export::Format::Qcow2 | export::Format::Vmdk => {
+                agrees("qemu-utils", "qemu-img", &["check", "-f", format.name(), text(&first)]);
+                convert(format.name());
+            }
+            export::Format::Vhd => drop(convert("vpc")),
+            export::Format::Gce => {
+                expected = 1 << 30;
+                let said = agrees("tar", "tar", &["--list", "--verbose", "--numeric-owner", "--gzip", "--file", text(&first)]);
+                assert_eq!(said, "-rw-r--r-- 0/0      1073741824 1970-01-01 00:00 disk.raw\n");
+                agrees("tar", "tar", &["--extract", "--gzip", "--file", text(&first), "--directory", text(folder.path())]);
+            }
+        }
+        let back = if format == export::Format::Gce { raw.clone() } else { back };
+        assert_eq!(fs_err::metadata(&back).unwrap().len(), expected, "{format}");
+        agrees("diffutils", "cmp", &["--bytes", &length.to_string(), text(&solid), text(&back)]);
+        if format != export::Format::Gce {
+            assert!(fs_err::read(&back).unwrap() == fs_err::read(&solid).unwrap(), "{format} comes back as something else");
+        }
+    }
 }

@@ -16,7 +16,7 @@ use super::esp::{self, Slot};
 use super::identity::Identity;
 use crate::artifact::disk::{Disk, Part};
 use crate::artifact::store::Store;
-use crate::disk::export::{self, Format};
+use crate::disk::export::{self, Export, Format};
 use crate::disk::fat::{self, Content, Entry};
 use crate::disk::gpt::{self, Gpt, Guid, Partition};
 use crate::disk::grub;
@@ -27,23 +27,72 @@ const ESP_LABEL: &str = "ESP";
 /// Generation of a disk as it is shipped.
 const FIRST: u32 = 1;
 
+/// A disk's ends, for exports: temporary files that go with this value.
+#[derive(Debug)]
+struct Ends {
+    /// Up to slot A.
+    head: tempfile::NamedTempFile,
+    /// From the end of the root image to the hash tree: zeros.
+    gap: tempfile::NamedTempFile,
+    /// From the end of the hash tree to the end of the disk.
+    tail: tempfile::NamedTempFile,
+}
+
 /// Writes `disk` to `path` in `format`; the file appears under its name when it is whole.
 pub fn export(bake: &Bake<'_>, disk: &Disk, format: Format, path: &Path) -> Result<()> {
-    let store = bake.store;
     let dir = path.parent().filter(|dir| !dir.as_os_str().is_empty()).unwrap_or(Path::new("."));
-    let raw = tempfile::Builder::new()
-        .prefix(".disk-")
-        .tempfile_in(dir)
-        .with_context(|| format!("cannot make a file in `{}`", dir.display()))?;
-    write(store, disk, raw.as_file())?;
-    let identity = *disk.digest.bytes();
-    export::export(&export::Request { raw: raw.path(), format, to: path, identity: &identity, path: bake.path })
+    let how = |pieces: &[&Path]| {
+        let request = Export { pieces, digest: disk.digest.bytes(), threads: bake.threads, path: bake.path };
+        export::export(&request, format, path)
+    };
+    if format == Format::Qcow2 {
+        // The large parts are read where they are.
+        let ends = ends(bake.store, disk, dir)?;
+        let (root, verity) = (bake.store.blob(&disk.part(Part::Root)?.digest), bake.store.blob(&disk.part(Part::Verity)?.digest));
+        return how(&[ends.head.path(), &root, ends.gap.path(), &verity, ends.tail.path()]);
+    }
+    let raw = export::temporary(dir)?;
+    write(bake.store, disk, raw.as_file())?;
+    if format == Format::Raw {
+        crate::fault::point("rename an export");
+        raw.persist(path).map_err(|error| error.error).with_context(|| format!("cannot write `{}`", path.display()))?;
+        return Ok(());
+    }
+    how(&[raw.path()])
+}
+
+fn ends(store: &Store, disk: &Disk, dir: &Path) -> Result<Ends> {
+    let layout = &disk.config.table;
+    let (root, verity) = (layout.partition(Role::RootA), layout.partition(Role::VerityA));
+    let gpt = table(disk)?;
+    let ends = Ends { head: export::temporary(dir)?, gap: export::temporary(dir)?, tail: export::temporary(dir)? };
+    let head = ends.head.as_file();
+    head.set_len(root.offset())?;
+    head.write_all_at(&gpt.primary()?, 0).context("cannot write the partition table")?;
+    boot_files(store, disk, head)?;
+    let root_end = root.offset() + disk.part(Part::Root)?.size;
+    ends.gap.as_file().set_len(verity.offset() - root_end)?;
+    let verity_end = verity.offset() + disk.part(Part::Verity)?.size;
+    let tail = layout.bytes() - verity_end;
+    ends.tail.as_file().set_len(tail)?;
+    let backup = gpt.backup()?;
+    ends.tail.as_file().write_all_at(&backup, tail - backup.len() as u64).context("cannot write the partition table")?;
+    Ok(ends)
 }
 
 /// Writes the whole raw disk into `out`, an empty file; it is sparse.
 pub fn write(store: &Store, disk: &Disk, out: &File) -> Result<()> {
     out.set_len(disk.config.table.bytes())?;
     table(disk)?.write(out).context("cannot write the partition table")?;
+    boot_files(store, disk, out)?;
+    for (part, role) in [(Part::Root, Role::RootA), (Part::Verity, Role::VerityA)] {
+        copy(store, disk, part, out, disk.config.table.partition(role).offset())?;
+    }
+    Ok(())
+}
+
+/// Writes the GRUB area and the ESP.
+fn boot_files(store: &Store, disk: &Disk, out: &File) -> Result<()> {
     let bios = disk.config.table.partition(Role::Bios);
     if let (Some(boot), Some(core)) = (disk.parts.get(&Part::GrubBoot), disk.parts.get(&Part::GrubCore)) {
         grub::install(out, &store.read(&boot.digest)?, &store.read(&core.digest)?, bios.start, bios.sectors)?;
@@ -57,15 +106,11 @@ pub fn write(store: &Store, disk: &Disk, out: &File) -> Result<()> {
         time: disk.config.epoch,
         hidden: u32::try_from(partition.start).unwrap_or(0),
     };
-    fat::plan(&format, &entries)?.write(out, partition.offset()).context("cannot write the ESP")?;
-    for (part, role) in [(Part::Root, Role::RootA), (Part::Verity, Role::VerityA)] {
-        copy(store, disk, part, out, disk.config.table.partition(role).offset())?;
-    }
-    Ok(())
+    fat::plan(&format, &entries)?.write(out, partition.offset()).context("cannot write the ESP")
 }
 
 /// Copies a part into `out`, in the kernel.
-fn copy(store: &Store, disk: &Disk, part: Part, out: &File, offset: u64) -> Result<()> {
+pub(super) fn copy(store: &Store, disk: &Disk, part: Part, out: &File, offset: u64) -> Result<()> {
     let descriptor = disk.part(part)?;
     let file = fs_err::File::open(store.blob(&descriptor.digest))?;
     let (mut from, mut to, end) = (0, offset, descriptor.size);

@@ -13,6 +13,7 @@ pub mod identity;
 pub mod initrd;
 pub mod modules;
 pub mod plan;
+pub mod slot;
 
 use std::collections::BTreeMap;
 use std::ffi::OsStr;

@@ -124,9 +124,7 @@ pub fn disk_tag(name: &str) -> String {
 fn parse_formats(names: &[String]) -> Result<Vec<Format>> {
     let mut formats: Vec<Format> = Vec::new();
     for name in names {
-        let format = name.parse::<Format>().map_err(|_| {
-            Problem::usage(format!("`{name}` is no format of a disk")).hint("formats are raw, qcow2, vmdk, vhd and gce")
-        })?;
+        let format: Format = name.parse()?;
         if !formats.contains(&format) {
             formats.push(format);
         }

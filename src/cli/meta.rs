@@ -21,8 +21,7 @@ pub fn version(global: &Global) -> Result<u8> {
             builders.insert(name.to_string(), json!(builder.digest()));
         }
     }
-    let value =
-        json!({"schema": 1, "version": env!("CARGO_PKG_VERSION"), "commit": env!("PIPELINE_COMMIT"), "builders": builders});
+    let value = json!({"schema": 1, "version": env!("CARGO_PKG_VERSION"), "commit": env!("PIPELINE_COMMIT"), "builders": builders, "init": crate::disk::init::digest()});
     ui::answer(global, &value, || format!("pipeline {}\n", env!("PIPELINE_VERSION")))?;
     Ok(0)
 }

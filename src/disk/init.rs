@@ -1,6 +1,26 @@
-//! The static program of a host (`init/`), embedded.
+//! The static program of a host: process 1 of the initrd, watcher, blesser and guest agent in one file.
+//!
+//! Its sources are in `init/`; `build.rs` compiles them into a static binary whose bytes do not depend on
+//! where it was compiled, so that its digest can stand in the key of a disk.
 
-/// The program, an ELF executable without shared libraries.
+use std::sync::LazyLock;
+
+use sha2::{Digest as _, Sha256};
+
+/// The program (ELF, x86-64, static). Bake puts it into the initrd as `/init`, the host step into the tree as
+/// `/usr/lib/pipeline/init`.
 pub const INIT: &[u8] = include_bytes!(concat!(env!("OUT_DIR"), "/pipeline-init"));
-/// The modules of the initrd: one name a line, `#` starts a comment.
-pub const MODULES: &str = include_str!("../../init/modules.txt");
+
+/// The names of the kernel modules the initrd needs, in the order of loading by name, with comments; see [`modules`].
+const MODULES: &str = include_str!("../../init/modules.txt");
+
+/// `sha256:` and the hexadecimal digest of [`INIT`].
+pub fn digest() -> &'static str {
+    static DIGEST: LazyLock<String> = LazyLock::new(|| format!("sha256:{}", hex::encode(Sha256::digest(INIT))));
+    &DIGEST
+}
+
+/// The kernel modules of the initrd, with `_` in their names; what they depend on is not among them.
+pub fn modules() -> impl Iterator<Item = &'static str> {
+    MODULES.lines().map(|line| line.split('#').next().unwrap_or_default().trim()).filter(|name| !name.is_empty())
+}

@@ -12,6 +12,7 @@ use serde_json::{Value, json};
 use super::apps::AppInput;
 use super::{FOLDER, Folder, packages};
 use crate::config::types::{FileContent, Host, Initrd, Open, Pipeline, Protocol};
+use crate::disk::grub::CORE_ARGUMENTS;
 use crate::disk::init::INIT;
 use crate::error::Problem;
 use crate::template;
@@ -204,6 +205,7 @@ fn configure_script(host: &Host, gathered: &Gathered) -> Result<String> {
         "groups": groups,
         "users": users,
         "bios": packages::is_for_bios(host),
+        "grub_arguments": CORE_ARGUMENTS.map(|word| format!("'{word}'")).join(" "),
         "dracut": host.initrd == Initrd::Dracut,
     });
     template::render("host/configure.sh.tera", &values).context("the script that configures a host")

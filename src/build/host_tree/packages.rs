@@ -8,15 +8,16 @@ use crate::config::types::{Firmware, Host, Initrd, Kernel};
 use crate::error::Problem;
 use crate::template;
 
-/// What every host has: an init, devices, the network with names and time, a place to log in,
+/// What every host has: an init, devices, the network with names, numbers and time, a place to log in,
 /// file systems for /var, the boot loader of UEFI.
-const ALWAYS: [&str; 14] = [
+const ALWAYS: [&str; 15] = [
     "dbus",
     "e2fsprogs",
     "iproute2",
     "kmod",
     "libpam-systemd",
     "linux-sysctl-defaults",
+    "netbase",
     "passwd",
     "procps",
     "systemd",
