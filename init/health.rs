@@ -57,7 +57,8 @@ fn connect(port: u16) -> Result<TcpStream, String> {
 
 fn http(port: u16, path: &str) -> Result<(), String> {
     let mut stream = connect(port)?;
-    let request = format!("GET {path} HTTP/1.0\r\nHost: localhost:{port}\r\nUser-Agent: pipeline-health\r\nConnection: close\r\n\r\n");
+    let request =
+        format!("GET {path} HTTP/1.0\r\nHost: localhost:{port}\r\nUser-Agent: pipeline-health\r\nConnection: close\r\n\r\n");
     let failed = |error: std::io::Error| format!("http://localhost:{port}{path}: {error}");
     stream.write_all(request.as_bytes()).map_err(failed)?;
     let mut head = Vec::new();

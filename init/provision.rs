@@ -15,7 +15,7 @@ use std::path::Path;
 use super::cloud::{self, Wishes};
 use super::credentials::{Brought, Credential, is_name};
 use super::wording::{ForApp, app_owner, environment, filled, for_app, is_hostname, is_variable, owner};
-use super::{copy, log};
+use super::{copy, log, yaml};
 
 const ROOT_ONLY: u32 = 0o400;
 

@@ -55,9 +55,19 @@ pub struct AppInput {
     pub image_port: Option<u16>,
     /// First of its user ids.
     pub uid_base: u32,
+    /// User and group of the image that it runs as, as far as they are known.
+    pub ids: Option<(u32, u32)>,
 }
 
 impl AppInput {
+    /// What its user is called on the host: systemd runs nothing as a number that has no name.
+    pub fn user_name(&self) -> String {
+        /// `UT_NAMESIZE` of utmp.h, without the zero.
+        const LONGEST: usize = 31;
+        let name = format!("app-{}", self.app.name);
+        if name.len() <= LONGEST && !name.contains('.') { name } else { format!("app-{}", self.uid_base) }
+    }
+
     /// What of the app's settings goes into the key of its step.
     pub fn settings(&self) -> Value {
         let app = &self.app;
@@ -126,10 +136,11 @@ pub struct Made {
 
 /// Who runs the app: ids of its own tree.
 #[derive(Debug, PartialEq, Eq)]
-struct Runs {
-    uid: u32,
-    gid: u32,
-    home: String,
+pub struct Runs {
+    pub uid: u32,
+    pub gid: u32,
+    /// Home of the user, `/` for one without.
+    pub home: String,
 }
 
 /// Writes the layer of an app: `tree` is its image's, `config` what the image says of itself.
@@ -140,6 +151,13 @@ pub fn layer<W: Write>(input: &AppInput, mut tree: Tree, config: &RunConfig, epo
     let name = &input.app.name;
     let image = input.image.context("a built image")?;
     let runs = runs_as(&tree, &config.user).with_context(|| format!("the user of app `{name}`"))?;
+    if input.ids.is_some_and(|ids| ids != (runs.uid, runs.gid)) {
+        return Err(Problem::bug(format!(
+            "app `{name}` runs as {}:{}, and the host was told {:?}",
+            runs.uid, runs.gid, input.ids
+        ))
+        .into());
+    }
     let volumes: Vec<String> = config.volumes.iter().flatten().map(|(path, _)| path.trim_end_matches('/').to_string()).collect();
     check_volumes(name, &volumes)?;
     let environment = environment(input, config, &runs);
@@ -244,26 +262,34 @@ fn environment(input: &AppInput, config: &RunConfig, runs: &Runs) -> BTreeMap<St
     environment
 }
 
-/// `USER`, `UID`, `UID:GID` or names of the tree, as ids; nothing is root.
+/// Who the image's user is, by the tree's own tables.
 fn runs_as(tree: &Tree, user: &str) -> Result<Runs> {
-    let rows = |path: &str| -> Result<Vec<Vec<String>>> {
-        let bytes = tree.read(path.as_bytes())?.unwrap_or_default();
-        Ok(String::from_utf8_lossy(&bytes).lines().map(|line| line.split(':').map(String::from).collect()).collect())
+    let text = |path: &str| -> Result<String> {
+        Ok(String::from_utf8_lossy(&tree.read(path.as_bytes())?.unwrap_or_default()).into_owned())
     };
-    let find = |rows: &[Vec<String>], wanted: &str| -> Option<Vec<String>> {
+    identity(user, &text("etc/passwd")?, &text("etc/group")?)
+}
+
+/// `USER`, `UID`, `UID:GID` or names, as ids of `passwd` and `group`; nothing is root.
+///
+/// # Errors
+/// A name that is in neither, an id beyond an app's range.
+pub fn identity(user: &str, passwd: &str, group: &str) -> Result<Runs> {
+    let find = |text: &str, wanted: &str| -> Option<Vec<String>> {
+        let rows: Vec<Vec<String>> = text.lines().map(|line| line.split(':').map(String::from).collect()).collect();
         let by_name = rows.iter().find(|row| row.first().is_some_and(|name| name == wanted));
         by_name.or_else(|| rows.iter().find(|row| row.get(2).is_some_and(|id| id == wanted))).cloned()
     };
-    let (user, group) = user.split_once(':').map_or((user, None), |(user, group)| (user, Some(group)));
+    let (user, own_group) = user.split_once(':').map_or((user, None), |(user, group)| (user, Some(group)));
     let user = if user.is_empty() { "0" } else { user };
-    let row = find(&rows("etc/passwd")?, user);
+    let row = find(passwd, user);
     let id = |row: Option<&Vec<String>>, at: usize| row.and_then(|row| row.get(at)?.parse::<u32>().ok());
     let missing = |what: &str, name: &str| Problem::failed(format!("the image has no {what} `{name}`"));
     let uid = user.parse().ok().or_else(|| id(row.as_ref(), 2)).ok_or_else(|| missing("user", user))?;
-    let gid = match group {
-        Some(group) => match group.parse() {
+    let gid = match own_group {
+        Some(name) => match name.parse() {
             Ok(gid) => gid,
-            Err(_) => id(find(&rows("etc/group")?, group).as_ref(), 2).ok_or_else(|| missing("group", group))?,
+            Err(_) => id(find(group, name).as_ref(), 2).ok_or_else(|| missing("group", name))?,
         },
         None => id(row.as_ref(), 3).unwrap_or(0),
     };

@@ -102,7 +102,7 @@ pub fn folder(pipeline: &Pipeline, host: &Host, apps: &[AppInput]) -> Result<Fol
         };
         gathered.add_own(&file.path, file.mode, &file.owner, bytes);
     }
-    let script = configure_script(host, &gathered)?;
+    let script = configure_script(host, apps, &gathered)?;
     let mut folder = gathered.folder;
     folder.add("configure.sh", "script configure.sh", script);
     folder.add("masked.txt", "list of masked units", template::text("host/masked.txt")?);
@@ -182,7 +182,7 @@ fn host_json(pipeline: &Pipeline, host: &Host, apps: &[AppInput]) -> Result<Stri
     Ok(serde_json::to_string_pretty(&value)? + "\n")
 }
 
-fn configure_script(host: &Host, gathered: &Gathered) -> Result<String> {
+fn configure_script(host: &Host, apps: &[AppInput], gathered: &Gathered) -> Result<String> {
     let users: Vec<Value> = host
         .users
         .iter()
@@ -197,6 +197,13 @@ fn configure_script(host: &Host, gathered: &Gathered) -> Result<String> {
             })
         })
         .collect();
+    let app_users: Vec<Value> = apps
+        .iter()
+        .filter_map(|app| {
+            let (uid, gid) = app.ids?;
+            Some(json!({ "name": app.user_name(), "uid": app.uid_base + uid, "gid": app.uid_base + gid, "app": app.app.name }))
+        })
+        .collect();
     let groups: Vec<Value> = host.groups.iter().map(|(name, gid)| json!({ "name": name, "gid": gid })).collect();
     let values = json!({
         "files": gathered.files,
@@ -204,6 +211,7 @@ fn configure_script(host: &Host, gathered: &Gathered) -> Result<String> {
         "timezone": host.timezone,
         "groups": groups,
         "users": users,
+        "app_users": app_users,
         "bios": packages::is_for_bios(host),
         "grub_arguments": CORE_ARGUMENTS.map(|word| format!("'{word}'")).join(" "),
         "dracut": host.initrd == Initrd::Dracut,

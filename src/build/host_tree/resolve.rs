@@ -1,18 +1,21 @@
 //! Finds what a host is made of: the images of its apps, its ports and user ids, its files.
 
 use std::collections::BTreeMap;
+use std::io::{BufReader, Read as _};
 use std::path::Path;
 
-use anyhow::Result;
+use anyhow::{Context as _, Result};
 
-use super::apps::{AppInput, check_ports, exposed_port, uid_bases};
+use super::apps::{AppInput, check_ports, exposed_port, identity, uid_bases};
 use super::{Machine, configuration, packages};
 use crate::artifact::image;
+use crate::artifact::store::{Store, write_cache};
 use crate::build::plan::{Part, Step};
 use crate::build::record::StepRecord;
 use crate::build::{Build, Images, Prepared, look_up, prepare};
 use crate::config::types::{App, AppImage, Host, Pipeline};
 use crate::error::Problem;
+use crate::oci::compress::Compression;
 use crate::oci::digest::Digest;
 
 /// The pipeline in `file`, for its application image alone.
@@ -42,6 +45,7 @@ pub(in crate::build) fn apps(build: &Build<'_>, host: &Host, locked: bool, image
             port: app.port,
             image_port: None,
             uid_base: bases.get(&app.name).copied().unwrap_or_default(),
+            ids: None,
         };
         match &app.image {
             // Known when this pipeline is prepared.
@@ -88,7 +92,57 @@ fn set_image(build: &Build<'_>, input: &mut AppInput, digest: Digest) -> Result<
     input.image = Some(digest);
     input.image_port = exposed_port(&config.config);
     input.port = input.app.port.or(input.image_port);
+    let ids = ids(build.store, &digest, &config.config.user);
+    input.ids = Some(ids.with_context(|| format!("the user of app `{}`", input.app.name))?);
     Ok(())
+}
+
+/// Ids of the user of an image. Where they need its tables, these are looked for in its layers once.
+fn ids(store: &Store, digest: &Digest, user: &str) -> Result<(u32, u32)> {
+    if let Some(ids) = plain_ids(user) {
+        return Ok(ids);
+    }
+    let cache = store.cache("listings").join(format!("user-{}.json", digest.hex()));
+    if let Some(ids) = fs_err::read(&cache).ok().and_then(|bytes| serde_json::from_slice(&bytes).ok()) {
+        return Ok(ids);
+    }
+    let layers = image::layers(store, digest)?;
+    let runs = identity(user, &file(store, &layers, "etc/passwd")?, &file(store, &layers, "etc/group")?)?;
+    write_cache(&cache, &serde_json::to_vec(&(runs.uid, runs.gid))?)?;
+    Ok((runs.uid, runs.gid))
+}
+
+/// `UID:GID`, both numbers.
+fn plain_ids(user: &str) -> Option<(u32, u32)> {
+    let (uid, gid) = user.split_once(':')?;
+    Some((uid.parse().ok()?, gid.parse().ok()?))
+}
+
+/// A file of an image, by the uppermost layer that has it; empty for none.
+fn file(store: &Store, layers: &[image::Layer], path: &str) -> Result<String> {
+    let (folder, name) = path.rsplit_once('/').unwrap_or(("", path));
+    let removed = [format!("{folder}/.wh.{name}"), format!("{folder}/.wh..wh..opq")];
+    for layer in layers.iter().rev() {
+        let compression = Compression::of_media_type(&layer.descriptor.media_type)
+            .with_context(|| format!("the unknown media type `{}`", layer.descriptor.media_type))?;
+        let blob = fs_err::File::open(store.blob(&layer.descriptor.digest))?;
+        let mut archive = tar::Archive::new(compression.reader(BufReader::new(blob))?);
+        let mut is_removed = false;
+        for entry in archive.entries()? {
+            let mut entry = entry?;
+            let found = String::from_utf8_lossy(&entry.path_bytes()).trim_start_matches("./").to_string();
+            if found == path && entry.header().entry_type().is_file() {
+                let mut text = Vec::new();
+                entry.read_to_end(&mut text)?;
+                return Ok(String::from_utf8_lossy(&text).into_owned());
+            }
+            is_removed |= removed.contains(&found);
+        }
+        if is_removed {
+            break;
+        }
+    }
+    Ok(String::new())
 }
 
 /// Fills in what is known of the image `prepared` will make; all of it, when nothing would run.
@@ -100,10 +154,16 @@ fn expect_image(build: &Build<'_>, input: &mut AppInput, prepared: &Prepared) ->
     input.image_port = prepared.pipeline.image.port.or(builder);
     if let Some(records) = found {
         let recipe = crate::build::image::recipe(prepared, &steps, &records)?;
-        input.image = Some(image::descriptor(&recipe)?.digest);
+        let digest = image::descriptor(&recipe)?.digest;
+        if build.store.blob(&digest).is_file() {
+            return set_image(build, input, digest);
+        }
+        input.image = Some(digest);
         input.image_port = exposed_port(&recipe.config);
     }
     input.port = input.app.port.or(input.image_port);
+    let user = prepared.pipeline.image.user.clone().or_else(|| Some(prepared.builder.as_ref()?.meta.user.clone()));
+    input.ids = user.as_deref().and_then(plain_ids);
     Ok(())
 }
 
@@ -134,8 +194,9 @@ pub(in crate::build) fn own_image(build: &Build<'_>, prepared: &mut Prepared, di
     let (Some(host), Some(mut machine)) = (prepared.pipeline.host.clone(), prepared.machine.take()) else { return Ok(false) };
     let mut news = false;
     for input in machine.apps.iter_mut().filter(|input| input.app.image == AppImage::Own) {
-        news |= input.image != Some(digest);
+        let before = (input.image, input.port, input.ids);
         set_image(build, input, digest)?;
+        news |= before != (input.image, input.port, input.ids);
     }
     if news {
         check_ports(&machine.apps)?;

@@ -22,7 +22,15 @@ fn app(name: &str) -> App {
 
 fn input(name: &str, port: Option<u16>) -> AppInput {
     let base = uid_bases(&[app(name)])[name];
-    AppInput { app: app(name), image: Some(Digest::of("image")), stand_in: None, port, image_port: port, uid_base: base }
+    AppInput {
+        app: app(name),
+        image: Some(Digest::of("image")),
+        stand_in: None,
+        port,
+        image_port: port,
+        uid_base: base,
+        ids: None,
+    }
 }
 
 /// A tree with a program, a passwd and a volume.
@@ -186,6 +194,28 @@ fn ranges_are_stable_and_apart() {
     other.uid_base = Some(bases["notes"]);
     let moved = uid_bases(&[app("notes"), other]);
     assert_eq!((moved["zoo"], moved["notes"]), (bases["notes"], bases["notes"] + UID_COUNT));
+}
+
+#[test]
+fn users_of_images_and_hosts() {
+    let passwd = "root:x:0:0:root:/root:/bin/sh\nweb:x:1001:100::/srv/web:/bin/sh\n";
+    let cases = [
+        ("", (0, 0, "/root")),
+        ("web", (1001, 100, "/srv/web")),
+        ("1001", (1001, 100, "/srv/web")),
+        ("1001:0", (1001, 0, "/srv/web")),
+        ("web:users", (1001, 100, "/srv/web")),
+        ("7", (7, 0, "/")),
+        ("7:8", (7, 8, "/")),
+    ];
+    for (user, (uid, gid, home)) in cases {
+        let runs = identity(user, passwd, "users:x:100:\n").unwrap();
+        assert_eq!(runs, Runs { uid, gid, home: home.into() }, "{user}");
+    }
+    let mut long = input("web", None);
+    assert_eq!(long.user_name(), "app-web");
+    long.app.name = "a-name-that-is-too-long-for-a-user".into();
+    assert_eq!(long.user_name(), format!("app-{}", long.uid_base));
 }
 
 #[test]
