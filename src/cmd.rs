@@ -7,6 +7,7 @@
 
 use std::ffi::{OsStr, OsString};
 use std::io::Write as _;
+use std::os::fd::OwnedFd;
 use std::os::unix::process::{CommandExt as _, ExitStatusExt as _};
 use std::path::Path;
 use std::process::{Child, Command, ExitStatus, Output, Stdio};
@@ -100,6 +101,20 @@ impl Cmd {
     #[must_use]
     pub fn stderr(mut self, stderr: Stdio) -> Self {
         self.command.stderr(stderr);
+        self
+    }
+
+    /// Hands an open file to the program, under the number it has here.
+    #[must_use]
+    pub fn pass(mut self, file: OwnedFd) -> Self {
+        pass_on(&mut self.command, file);
+        self
+    }
+
+    /// A process group of its own, so that a terminal's ^C reaches only us.
+    #[must_use]
+    pub fn own_group(mut self) -> Self {
+        self.command.process_group(0);
         self
     }
 
@@ -210,6 +225,13 @@ fn die_with_parent(command: &mut Command) {
             }
             Ok(())
         });
+    }
+}
+
+#[expect(unsafe_code, reason = "pre_exec: fcntl is async-signal-safe")]
+fn pass_on(command: &mut Command, file: OwnedFd) {
+    unsafe {
+        command.pre_exec(move || Ok(rustix::io::fcntl_setfd(&file, rustix::io::FdFlags::empty())?));
     }
 }
 

@@ -26,8 +26,26 @@ pub fn version(global: &Global) -> Result<u8> {
     Ok(0)
 }
 
-pub fn schema() -> Result<u8> {
-    print!("{}", serde_json::to_string_pretty(&crate::config::schema())? + "\n");
+#[derive(Debug, clap::Args)]
+pub struct SchemaArgs {
+    #[arg(value_enum, default_value = "pipeline")]
+    of: SchemaOf,
+}
+
+#[derive(Debug, Clone, Copy, PartialEq, Eq, clap::ValueEnum)]
+enum SchemaOf {
+    /// The pipeline file.
+    Pipeline,
+    /// A file of vm-tests/.
+    VmTest,
+}
+
+pub fn schema(args: &SchemaArgs) -> Result<u8> {
+    let schema = match args.of {
+        SchemaOf::Pipeline => crate::config::schema(),
+        SchemaOf::VmTest => crate::vm::test::schema(),
+    };
+    print!("{}", serde_json::to_string_pretty(&schema)? + "\n");
     Ok(0)
 }
 

@@ -7,6 +7,7 @@
 
 mod artifact;
 mod bake;
+mod boot;
 mod build;
 mod diff;
 mod disk;
@@ -19,6 +20,7 @@ mod progress;
 mod report;
 mod run;
 mod signals;
+mod test;
 mod ui;
 mod update;
 
@@ -85,13 +87,17 @@ enum Verb {
     Explain(explain::Args),
     /// Run an image in the sandbox, its port on 127.0.0.1
     Run(run::Args),
+    /// Start a disk in QEMU, its console on the terminal
+    Boot(boot::Args),
+    /// Run vm-tests: boot disks in QEMU and look at what they do
+    Test(test::Args),
     /// Look at, move, verify and prune what is in the store
     #[command(subcommand)]
     Artifact(artifact::Verb),
     /// Tell what this machine can do, what is missing, and the command that fixes it
     Doctor(doctor::Args),
-    /// Print the JSON Schema of the pipeline file
-    Schema,
+    /// Print the JSON Schema of the pipeline file, or of a vm-test
+    Schema(meta::SchemaArgs),
     /// Print a completion script for a shell
     Completions(meta::CompletionsArgs),
     /// Print the manual page
@@ -143,9 +149,11 @@ fn dispatch(cli: Cli) -> Result<u8> {
         Verb::Update(args) => update::run(&global, args),
         Verb::Explain(args) => explain::run(&global, args),
         Verb::Run(args) => Ok(run::run(&global, args)),
+        Verb::Boot(args) => boot::run(&global, args),
+        Verb::Test(args) => test::run(&global, args),
         Verb::Artifact(verb) => artifact::run(&global, verb),
         Verb::Doctor(args) => doctor::run(&global, args),
-        Verb::Schema => meta::schema(),
+        Verb::Schema(args) => meta::schema(&args),
         Verb::Completions(args) => meta::completions(&args),
         Verb::Man => meta::man(),
         Verb::Pack(args) => meta::pack(&args),
