@@ -21,6 +21,8 @@ mod gpt;
 mod grubenv;
 #[path = "../init/guid.rs"]
 mod guid;
+#[path = "../init/health.rs"]
+mod health;
 #[path = "../init/kmsg.rs"]
 mod kmsg;
 #[path = "../init/label.rs"]
