@@ -56,7 +56,7 @@ fn verity_is_veritysetups() {
     let salt: [u8; 32] = noise(32, 7).try_into().unwrap();
     let uuid = gpt::Guid::version_4(noise(16, 8).try_into().unwrap());
     let pattern = noise(1 << 20, 9);
-    for blocks in [1_u64, 2, 127, 128, 129, 16_383, 16_384, 16_385, 40_000] {
+    for blocks in [1_u64, 2, 127, 128, 129, 16_383, 16_384, 16_385] {
         let file = File::options().read(true).write(true).create(true).truncate(true).open(&data).unwrap();
         for at in (0..blocks * 4096).step_by(pattern.len()) {
             // Every third MiB stays a hole.
@@ -192,18 +192,16 @@ fn fat_volumes_are_clean_and_read_by_mtools() {
     entries.extend(
         (0..300).map(|number| fat::Entry::bytes(format!("many/{number} {many}.txt"), format!("{number}\n").into_bytes())),
     );
-    for mebibytes in [34_u64, 200, 1024] {
+    for mebibytes in [34_u64, 34, 200, 1024] {
         let format =
             fat::Format { bytes: mebibytes << 20, label: "ESP".into(), serial: 0x1234_ABCD, time: 1_700_000_000, hidden: 4096 };
         let image = folder.path().join(format!("{mebibytes}.img"));
         let plan = fat::plan(&format, &entries).unwrap();
+        let before = fs_err::read(&image).ok();
         let file = File::options().read(true).write(true).create(true).truncate(true).open(&image).unwrap();
         plan.write(&file, 0).unwrap();
+        assert!(before.is_none_or(|before| before == fs_err::read(&image).unwrap()), "not the same twice");
         fsck(&image);
-        let again = folder.path().join("again.img");
-        let other = File::options().read(true).write(true).create(true).truncate(true).open(&again).unwrap();
-        plan.write(&other, 0).unwrap();
-        assert_eq!(agrees("diffutils", "cmp", &[text(&image), text(&again)]), "");
         let said = agrees("mtools", "mdir", &["-i", text(&image), "::EFI/Linux"]);
         assert!(said.contains("Volume in drive : is ESP") && said.contains("Volume Serial Number is 1234-ABCD"), "{said}");
         assert!(said.contains("2023-11-14  22:13  pipeline_000002_b+3.efi"), "{said}");
@@ -468,7 +466,7 @@ fn exports_come_back_and_are_the_same_twice() {
     let path = |name: &str| folder.path().join(name);
     let (raw, solid) = (path("disk.raw"), path("solid.raw"));
     let program_path = std::env::var_os("PATH").unwrap();
-    let length = 97 << 20;
+    let length = 73 << 20;
     raw_image(&raw, length);
     // The same bytes without holes: how a file lies on its disk must not matter.
     agrees("coreutils", "cp", &["--sparse=never", text(&raw), text(&solid)]);
@@ -504,4 +502,55 @@ fn exports_come_back_and_are_the_same_twice() {
             assert!(fs_err::read(&back).unwrap() == fs_err::read(&solid).unwrap(), "{format} comes back as something else");
         }
     }
+}
+
+/// Bytes that somebody else wrote may be anything: errors, no panics, no endless loops.
+#[test]
+fn damaged_input_is_refused_or_read() {
+    let folder = TempDir::new().unwrap();
+    let open =
+        |name: &str| File::options().read(true).write(true).create(true).truncate(true).open(folder.path().join(name)).unwrap();
+    let (esp, disk) = (open("esp"), open("disk"));
+    let format = fat::Format { bytes: 34 << 20, label: "ESP".into(), serial: 1, time: 0, hidden: 0 };
+    let entries = [fat::Entry::bytes("a/long file name", noise(3000, 1)), fat::Entry::bytes("a/b/C", noise(300, 1))];
+    fat::plan(&format, &entries).unwrap().write(&esp, 0).unwrap();
+    let table = host_table();
+    table.write(&disk).unwrap();
+    let kernel = noise(999, 1);
+    let image = uki::assemble(&uki::Parts { stub: &stub(), kernel: &kernel, initrd: &kernel, cmdline: "", osrel: "", uname: "" })
+        .unwrap();
+    // Boot sector, start of a table, the folders; header and entries of a partition table.
+    let places: Vec<u64> = (0..90).chain(16_384..16_440).chain(fat_folders()).collect();
+    let random = noise(1 << 13, 77);
+    for (round, bytes) in random.chunks_exact(8).enumerate() {
+        let place = places[round % places.len()];
+        let mut old = [0; 1];
+        esp.read_exact_at(&mut old, place).unwrap();
+        esp.write_all_at(&bytes[..1], place).unwrap();
+        if let Ok(mut volume) = fat::Volume::open(&esp, 0, 0) {
+            let _ = (volume.list(), volume.read("a/long file name"), volume.read("a/b/C"));
+            if round % 16 == 0 {
+                let _ = (volume.write("a/new", b"x"), volume.rename("a/new", "newer"), volume.remove("a/newer"));
+            }
+        }
+        esp.write_all_at(&old, place).unwrap();
+        let place = 446 + u64::from(bytes[1]) + u64::from(bytes[2]) * 4;
+        disk.read_exact_at(&mut old, place).unwrap();
+        disk.write_all_at(&bytes[..1], place).unwrap();
+        let _ = gpt::Gpt::read_any(&disk, table.sectors);
+        disk.write_all_at(&old, place).unwrap();
+        let mut broken = image.clone();
+        broken[usize::from(bytes[3]) * 4] = bytes[0];
+        broken[usize::from(bytes[4]) * 2] = bytes[5];
+        let _ =
+            uki::sections(&broken).map(|sections| sections.iter().map(|section| section.content(&broken).len()).sum::<usize>());
+        let _ = uki::assemble(&uki::Parts { stub: &broken, kernel: &broken, initrd: b"", cmdline: "", osrel: "", uname: "" });
+    }
+    assert_eq!(gpt::Gpt::read(&disk, table.sectors).unwrap(), table);
+}
+
+/// Bytes of the three folders of the volume above: behind two tables of 536 sectors, clusters of one.
+fn fat_folders() -> impl Iterator<Item = u64> {
+    let first = (32 + 2 * 536) * 512;
+    (0..3).flat_map(move |folder| (0..160).map(move |byte| first + folder * 512 + byte))
 }

@@ -12,9 +12,9 @@
 use anyhow::{Context as _, Result};
 
 use super::host::Host;
-use super::modules::{modules, names};
+use super::modules::modules;
 use crate::disk::cpio;
-use crate::disk::init::{INIT, MODULES};
+use crate::disk::init::{self, INIT};
 use crate::disk::tree::Tree;
 
 /// The bytes of an initrd.
@@ -37,7 +37,9 @@ pub fn initrd(tree: &Tree, host: &Host) -> Result<Made> {
     };
     let (dependencies, aliases, built_in) = (text("modules.dep")?, text("modules.alias")?, text("modules.builtin")?);
     // Wishes of the pipeline file must be there; of our list, what this kernel has.
-    let found = modules(names(MODULES).chain(host.file.modules.iter().map(String::as_str)), &dependencies, &aliases, &built_in);
+    let mut wanted: Vec<&str> = init::modules().collect();
+    wanted.extend(host.file.modules.iter().map(String::as_str));
+    let found = modules(wanted, &dependencies, &aliases, &built_in);
     let wished = |name: &&String| host.file.modules.iter().any(|wish| wish.replace('-', "_") == **name);
     let missing = found.missing.iter().filter(wished).cloned().collect();
     let mut archive = cpio::Archive::new(Vec::new(), 0);

@@ -18,11 +18,6 @@ pub struct Modules {
     pub missing: Vec<String>,
 }
 
-/// Names of a written list: one a line, `#` starts a comment.
-pub fn names(text: &str) -> impl Iterator<Item = &str> {
-    text.lines().map(|line| line.split('#').next().unwrap_or_default().trim()).filter(|name| !name.is_empty())
-}
-
 /// The modules `wanted` and what they need (kmod, modules.dep(5)).
 pub fn modules<'a>(wanted: impl IntoIterator<Item = &'a str>, dependencies: &str, aliases: &str, built_in: &str) -> Modules {
     let files: BTreeMap<String, (&str, Vec<String>)> = dependencies
@@ -93,10 +88,5 @@ mod tests {
             missing: vec!["no_such".into()],
         };
         assert_eq!(found, expected);
-    }
-
-    #[test]
-    fn lists_have_comments() {
-        assert_eq!(names("# disks\nahci  # SATA\n\nnvme\n").collect::<Vec<_>>(), ["ahci", "nvme"]);
     }
 }

@@ -3,7 +3,8 @@
 //! Layout from the UEFI specification 2.10, section 5 (tables 5-3 to 5-7): sector 0 the protective
 //! record, sector 1 the header, sectors 2 to 33 the 128 entries; at the end the entries again and
 //! the header in the last sector. Types from the Discoverable Partitions Specification. What is
-//! written follows from the value alone: no ids are invented here.
+//! written follows from the value alone: no ids are invented here (the crate `gpt` makes them up,
+//! and would be more to teach than to write).
 
 use std::fmt;
 use std::fs::File;

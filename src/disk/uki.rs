@@ -166,7 +166,7 @@ pub fn assemble(parts: &Parts) -> Result<Vec<u8>, Problem> {
         (".initrd", parts.initrd, DATA),
     ];
     let first = sections.iter().filter(|section| section.file_size > 0).map(|section| section.offset).min();
-    let room = first.unwrap_or_default() as usize;
+    let room = (first.unwrap_or_default() as usize).min(parts.stub.len());
     let headers_end = header.table + (header.sections + new.len()) * SECTION;
     if headers_end > room || parts.stub[header.table + header.sections * SECTION..headers_end].iter().any(|byte| *byte != 0) {
         return Err(Problem::failed("the EFI stub has no room for more sections").hint("take the stub of systemd 254 or later"));
@@ -227,7 +227,7 @@ fn finish_headers(image: &mut [u8], header: Header, new: &[Section], end: u32) {
     put(image, pe + 8 + 4, 0);
     put(image, pe + 8 + 8, 0);
     let data = u32_at(image, optional + 8).unwrap_or_default();
-    put(image, optional + 8, data + new.iter().map(|section| section.size).sum::<u32>());
+    put(image, optional + 8, new.iter().fold(data, |sum, section| sum.wrapping_add(section.size)));
     put(image, optional + 56, end);
     let headers = ((header.table + count * SECTION) as u32).next_multiple_of(file_alignment);
     let stated = u32_at(image, optional + 60).unwrap_or_default();

@@ -192,13 +192,16 @@ pub(super) fn each_block<const N: usize>(
 /// When the area is not the tree of `root_hash`, is cut short, or either file cannot be read.
 pub fn check(data: &File, offset: u64, area: &[u8], root_hash: &[u8; 32], threads: usize) -> io::Result<Option<u64>> {
     let superblock = Superblock::parse(area)?;
+    let invalid = |what: &str| io::Error::new(io::ErrorKind::InvalidData, format!("verity tree: {what}"));
+    if superblock.data_blocks == 0 {
+        return Err(invalid("it is of no blocks"));
+    }
     let found = leaves(data, offset, superblock.data_blocks, &superblock.salt, threads)?;
     let (expected, root) = tree(&found, &superblock.salt, superblock.uuid);
     if root == *root_hash && area.starts_with(&expected) {
         return Ok(None);
     }
     // Which of the two is wrong: is the stored tree the root hash's?
-    let invalid = |what: &str| io::Error::new(io::ErrorKind::InvalidData, format!("verity tree: {what}"));
     let start = expected.len() - found.len().next_multiple_of(PER_BLOCK) * 32;
     let stored = area.get(start..expected.len()).ok_or_else(|| invalid("it is cut short"))?;
     let stored: Vec<[u8; 32]> = stored.as_chunks::<32>().0[..found.len()].to_vec();

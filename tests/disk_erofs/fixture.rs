@@ -67,13 +67,13 @@ fn capability() -> Vec<u8> {
     [0x0200_0001u32, 1 << 10, 0, 0, 0].iter().flat_map(|word| word.to_le_bytes()).collect()
 }
 
-/// Everything at once; about 30 MiB of image.
-pub fn everything() -> Tree {
+/// Everything at once; about 30 MiB of image. `entries` names are in one folder, and one file has `links`.
+pub fn everything(entries: u32, links: u32) -> Tree {
     let mut tree = Tree::default();
     tree.node_mut(Tree::ROOT).meta = meta(0o755);
     sizes(&mut tree);
     holes(&mut tree);
-    names(&mut tree);
+    names(&mut tree, entries, links);
     attributes(&mut tree);
     kinds(&mut tree);
     dates(&mut tree);
@@ -93,7 +93,7 @@ fn sizes(tree: &mut Tree) {
 
 fn holes(tree: &mut Tree) {
     let part = |offset, size| (offset, noise(size, offset ^ size as u64));
-    let table: [(&str, u64, Vec<(u64, Vec<u8>)>); 9] = [
+    let table = [
         ("all", 5 * GIB, vec![]),
         ("ends", 5 * GIB, vec![part(0, 10), part(5 * GIB - 7, 7)]),
         ("beyond-4-gib", 5 * GIB + 123, vec![part(4 * GIB - 3, 8000), part(4 * GIB + 5 * MIB + 1, 3 * MIB as usize)]),
@@ -110,9 +110,9 @@ fn holes(tree: &mut Tree) {
     }
 }
 
-fn names(tree: &mut Tree) {
+fn names(tree: &mut Tree, entries: u32, links: u32) {
     let empty = |tree: &mut Tree, path: &[u8]| put(tree, path, meta(0o644), Kind::File(File::default()));
-    for index in 0..100_000u32 {
+    for index in 0..entries {
         // Of very different lengths, and none sorted as it is counted.
         let name = format!("{:x}-{}", index.wrapping_mul(0x9E37_79B9), "n".repeat(index as usize % 40));
         empty(tree, format!("names/many/{name}").as_bytes());
@@ -140,7 +140,7 @@ fn names(tree: &mut Tree) {
     let deep: String = (0..60).map(|level| format!("/{level}")).collect();
     file(tree, format!("names/deep{deep}/file"), b"deep".to_vec());
     let linked = file(tree, "links/0", noise(5000, 1));
-    (1..65_000).for_each(|index| tree.link(format!("links/{index}").as_bytes(), linked, &meta(0o755)));
+    (1..links).for_each(|index| tree.link(format!("links/{index}").as_bytes(), linked, &meta(0o755)));
 }
 
 fn attributes(tree: &mut Tree) {
@@ -151,7 +151,7 @@ fn attributes(tree: &mut Tree) {
     let name = format!("user.{}", "x".repeat(250));
     let table = [
         ("capability", with(0o755, &[("security.capability", capability())])),
-        ("acl", with(0o674, &[("system.posix_acl_access", example_acl())])),
+        ("acl", with(0o774, &[("system.posix_acl_access", example_acl())])),
         (
             "all",
             with(0o644, &[("user.a", b"1".to_vec()), ("trusted.b", b"2".to_vec()), ("security.c", vec![]), (&name, vec![0; 3])]),

@@ -179,8 +179,8 @@ fn measure(tree: &Tree, pool: &Pool, item: &mut Item) -> Result<(), String> {
     match &node.kind {
         Kind::Directory(names) => {
             let mut size = 0;
-            let lengths = with_dots(names.iter().map(|(name, _)| name.as_slice())).map(|(name, _)| name.len());
-            format::directory_blocks(lengths, |_, _, used| size = (size as u64).next_multiple_of(BLOCK) + used);
+            let lengths = with_dots(names.keys().map(Vec::as_slice)).map(|(name, _)| name.len());
+            format::directory_blocks(lengths, |_, _, used| size = u64::next_multiple_of(size, BLOCK) + used);
             (item.size, item.data) = (size, flat(item.head, size));
         }
         Kind::File(file) => {
@@ -326,7 +326,7 @@ mod tests {
         assert_eq!(of(8192, vec![extent(1, 4096)]), Data::Flat { blocks: 2, tail: 0 });
         assert_eq!(of(5 * GIB, vec![]), Data::Chunked { bits: 18, runs: vec![], chunks: 5 });
         let Data::Chunked { bits, runs, chunks } = of(5 * GIB, vec![extent(0, 1), extent(5 * GIB - 1, 1)]) else { panic!() };
-        assert!(runs.iter().map(|run| run.blocks).sum::<u64>() <= 64 && chunks == 5 * GIB >> (12 + bits));
+        assert!(runs.iter().map(|run| run.blocks).sum::<u64>() <= 64 && chunks == (5 * GIB) >> (12 + bits));
         assert_eq!(runs[0].block, 0);
         assert_eq!(runs[1].block + runs[1].blocks, 5 * GIB / BLOCK);
         // Without a hole, but above a GiB.

@@ -26,7 +26,7 @@ use std::fmt;
 use std::fs::File;
 use std::io;
 use std::os::unix::fs::{FileExt as _, PermissionsExt as _};
-use std::path::Path;
+use std::path::{Path, PathBuf};
 use std::str::FromStr;
 
 use anyhow::{Context as _, Result};
@@ -125,7 +125,7 @@ fn write(export: &Export<'_>, format: Format, target: &Path) -> Result<()> {
     let out = temporary.as_file();
     match format {
         Format::Raw => copy(&one()?, out, threads)?,
-        Format::Qcow2 => qcow2(pieces, temporary.path(), path)?,
+        Format::Qcow2 => qcow2(&qemu(path)?, pieces, temporary.path())?,
         Format::Vmdk => vmdk::write(&one()?, out, digest, threads)?,
         Format::Vhd => {
             let source = one()?;
@@ -180,33 +180,31 @@ fn copy(source: &File, out: &File, threads: usize) -> io::Result<()> {
 }
 
 /// The bytes are those of the disk and of the cuts between the pieces: the same pieces give the same file.
-fn qcow2(pieces: &[&Path], out: &Path, path: &OsStr) -> Result<()> {
-    check_qemu(path)?;
+fn qcow2(qemu: &Path, pieces: &[&Path], out: &Path) -> Result<()> {
     // Measured on 460 MB in a sparse image of 4 GiB: -W, -m 16 and -t none are no faster.
-    Cmd::new("qemu-img")
-        .args(["convert", "-f", "raw", "-O", "qcow2", "-o", "compat=1.1,cluster_size=64k"])
-        .args(pieces)
-        .arg(out)
-        .env("PATH", path)
-        .run()
+    Cmd::new(qemu).args(["convert", "-f", "raw", "-O", "qcow2", "-o", "compat=1.1,cluster_size=64k"]).args(pieces).arg(out).run()
 }
 
-fn check_qemu(path: &OsStr) -> Result<()> {
-    if cmd::find("qemu-img", path).is_none() {
-        return Err(Problem::failed("`qemu-img` is not installed")
-            .hint("it is in the package qemu-utils; the formats raw, vmdk, vhd and gce do not need it")
-            .into());
-    }
-    let said = Cmd::new("qemu-img").arg("--version").text()?;
-    match version(&said) {
+/// The `qemu-img` of `path`, the value of `PATH`.
+fn qemu(path: &OsStr) -> Result<PathBuf> {
+    const OTHERS: &str = "the formats raw, vmdk, vhd and gce do not need it";
+    let qemu = cmd::find("qemu-img", path).ok_or_else(|| {
+        Problem::failed("`qemu-img` is not installed").hint(format!("it is in the package qemu-utils; {OTHERS}"))
+    })?;
+    match version(&Cmd::new(&qemu).arg("--version").text()?) {
         Some(found) if found < LEAST_QEMU => {
             let (major, minor) = LEAST_QEMU;
-            Err(Problem::failed(format!("`qemu-img` is version {}.{}, and {major}.{minor} is needed", found.0, found.1))
-                .hint("install a newer qemu-utils; the formats raw, vmdk, vhd and gce do not need it")
-                .into())
+            Err(Problem::failed(format!(
+                "`{}` is version {}.{}, and {major}.{minor} is needed",
+                qemu.display(),
+                found.0,
+                found.1
+            ))
+            .hint(format!("install a newer qemu-utils; {OTHERS}"))
+            .into())
         }
-        // A version line we cannot read is not a reason to refuse: the conversion tells.
-        _ => Ok(()),
+        // A version line we cannot read is no reason to refuse: the conversion tells.
+        _ => Ok(qemu),
     }
 }
 
@@ -245,5 +243,58 @@ mod tests {
         for (said, expected) in cases {
             assert_eq!(version(said), expected);
         }
+    }
+
+    /// A folder with a `qemu-img` that is the script `body`.
+    fn fake(body: &str) -> tempfile::TempDir {
+        let folder = tempfile::tempdir().unwrap();
+        // By another process: a file that this one holds open for writing when another test
+        // starts a program cannot be run.
+        let path = folder.path().join("qemu-img");
+        Cmd::new("sh")
+            .args(["-c", r#"echo "$1" >"$0" && chmod 755 "$0""#])
+            .arg(path)
+            .arg(format!("#!/bin/sh\n{body}"))
+            .run()
+            .unwrap();
+        folder
+    }
+
+    #[test]
+    fn a_qemu_that_will_not_do_is_named() {
+        let missing = qemu(OsStr::new("/nowhere")).unwrap_err();
+        assert_eq!(missing.to_string(), "`qemu-img` is not installed");
+        assert_eq!(
+            crate::error::hints(&missing),
+            ["it is in the package qemu-utils; the formats raw, vmdk, vhd and gce do not need it"]
+        );
+        let old = fake("echo 'qemu-img version 3.1.0 (Debian)'");
+        let error = qemu(old.path().as_os_str()).unwrap_err();
+        assert_eq!(error.to_string(), format!("`{}/qemu-img` is version 3.1, and 4.0 is needed", old.path().display()));
+        let full = fake("echo 'qemu-img: error while writing at byte 0: No space left on device' >&2; exit 1");
+        let error = qcow2(&full.path().join("qemu-img"), &[Path::new("raw")], Path::new("out")).unwrap_err();
+        assert_eq!(crate::error::exit_code(&error), 75);
+        assert!(error.to_string().ends_with("convert -f raw -O qcow2 -o compat=1.1,cluster_size=64k raw out` ended with status 1:\n  qemu-img: error while writing at byte 0: No space left on device"), "{error}");
+    }
+
+    #[test]
+    fn a_failed_export_leaves_the_target_alone() {
+        let folder = tempfile::tempdir().unwrap();
+        let (raw, target) = (folder.path().join("raw"), folder.path().join("disk.vhd"));
+        fs_err::write(&target, "before").unwrap();
+        let pieces = [raw.as_path()];
+        let disk = Export { pieces: &pieces, digest: &[0; 32], threads: 1, path: OsStr::new("") };
+        let error = export(&disk, Format::Vhd, &target).unwrap_err();
+        assert_eq!(error.to_string(), format!("cannot write `{}`", target.display()));
+        assert_eq!(fs_err::read_to_string(&target).unwrap(), "before");
+        fs_err::write(&raw, vec![1; 1 << 20]).unwrap();
+        // What a process that was killed has left goes; what one is at work on stays.
+        let (left, held) = (folder.path().join(format!("{PREFIX}left")), temporary(folder.path()).unwrap());
+        fs_err::write(&left, "cut off").unwrap();
+        export(&disk, Format::Vhd, &target).unwrap();
+        assert!(!left.exists() && held.path().exists());
+        drop(held);
+        let names: Vec<_> = fs_err::read_dir(folder.path()).unwrap().map(|entry| entry.unwrap().file_name()).collect();
+        assert_eq!((fs_err::metadata(&target).unwrap().len(), names.len()), ((1 << 20) + 512, 2));
     }
 }

@@ -31,7 +31,8 @@ const AT_END: u64 = u64::MAX;
 const GRAIN_TABLE: u32 = 1;
 const GRAIN_DIRECTORY: u32 = 2;
 const FOOTER: u32 = 3;
-/// On disks of trees and packages level 6 makes files 4 % smaller, in twice the time.
+/// For a Debian root level 6 makes the file 2 % smaller in 1.6 times the time, level 1 18 % larger in
+/// two thirds of it.
 const LEVEL: Compression = Compression::new(3);
 
 /// Writes the image.

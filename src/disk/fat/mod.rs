@@ -11,7 +11,9 @@
 //! then           clusters: folders first, then the files in the order they were given
 //! ```
 //!
-//! [`plan`] decides everything and writes nothing; the same entries give the same bytes.
+//! [`plan`] decides everything and writes nothing; the same entries give the same bytes. The crate
+//! `fatfs` would format and fill a volume step by step, as a driver does: every sector of both
+//! tables is written, and where files lie is its decision.
 
 mod name;
 mod volume;
@@ -128,7 +130,11 @@ impl Geometry {
             root: u32_at(44),
         };
         let before = geometry.reserved + geometry.tables * table;
-        if table == 0 || geometry.tables == 0 || before >= sectors || geometry.clusters() < LEAST_CLUSTERS {
+        if table == 0
+            || geometry.tables == 0
+            || before >= sectors
+            || !(LEAST_CLUSTERS..=MOST_CLUSTERS).contains(&geometry.clusters())
+        {
             return Err(invalid("the boot sector is not a FAT32 volume's"));
         }
         if (geometry.clusters() + u64::from(FIRST)) * 4 > table * SECTOR {

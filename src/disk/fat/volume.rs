@@ -90,16 +90,17 @@ impl<'a> Volume<'a> {
     pub fn list(&self) -> io::Result<Vec<Found>> {
         let mut found = Vec::new();
         let mut open = vec![(String::new(), self.geometry.root)];
+        let mut seen = BTreeSet::from([self.geometry.root]);
         while let Some((path, cluster)) = open.pop() {
             for slot in self.folder(cluster)?.1 {
                 let path = if path.is_empty() { slot.name.clone() } else { format!("{path}/{}", slot.name) };
                 if slot.is_folder() {
+                    if !seen.insert(slot.cluster()) {
+                        return Err(error(io::ErrorKind::InvalidData, format!("the folder `{path}` is another one too")));
+                    }
                     open.push((path.clone(), slot.cluster()));
                 }
                 found.push(Found { path, size: (!slot.is_folder()).then(|| u64::from(slot.size())) });
-            }
-            if found.len() as u64 > self.geometry.clusters() * 16 {
-                return Err(error(io::ErrorKind::InvalidData, "the folders contain each other".into()));
             }
         }
         found.sort_by(|a, b| a.path.split('/').cmp(b.path.split('/')));
