@@ -8,6 +8,7 @@ use std::process::Command;
 fn main() {
     println!("cargo:rerun-if-changed=build.rs");
     println!("cargo:rerun-if-changed=builders");
+    println!("cargo:rerun-if-changed=templates");
     // A work tree made by `git worktree` has a file here, and its commit is asked for at each build.
     println!("cargo:rerun-if-changed=.git/HEAD");
     println!("cargo:rerun-if-changed=.git/refs/heads");

@@ -96,9 +96,7 @@ fn assemble(root: &Path, cmdline: &str, modules: &mut Modules, found: &mut Optio
     // By name, as no device asks for them. The checksum is in two modules, and EROFS and ext4 ask for it by a program that
     // is not here, so it goes first.
     modules.load_for_processor(&["crc32c_intel", "sha256_ssse3"]);
-    for name in ["crc32c_generic", "dm_verity", "erofs", "overlay", "ext4"] {
-        modules.load(name);
-    }
+    modules.load_with_hardware(&["crc32c_generic", "dm_verity", "erofs", "ext4", "overlay"]);
     let place = found.insert(find_slot(&hash, modules)?);
     log::note(&format!("slot {} on {}", place.slot.letter(), place.disk.name));
     if disks::fit(place)? {

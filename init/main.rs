@@ -23,6 +23,7 @@ mod fat;
 mod gpt;
 mod grubenv;
 mod guid;
+mod health;
 mod kmsg;
 mod label;
 mod log;
@@ -44,7 +45,7 @@ use std::os::unix::process::CommandExt as _;
 use std::path::Path;
 use std::process::{Command, ExitCode};
 
-const USAGE: &str = "usage: pipeline-init watch | bless | slots | agent | mount-root FOLDER | --version";
+const USAGE: &str = "usage: pipeline-init watch | bless | slots | agent | health CHECK | mount-root FOLDER | --version";
 
 fn main() -> ExitCode {
     let arguments = std::env::args().skip(1).collect::<Vec<_>>();
@@ -57,6 +58,7 @@ fn main() -> ExitCode {
         ["bless"] => running::bless(),
         ["slots"] => running::slots(),
         ["agent"] => agent::serve(),
+        ["health", check @ ..] => health::wait(check),
         ["mount-root", folder] => boot::mount_root(Path::new(folder)),
         ["chroot", folder, program, rest @ ..] => Err(chroot(folder, program, rest)),
         ["--version"] => running::version(),

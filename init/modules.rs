@@ -14,7 +14,7 @@ use super::{log, sys};
 const BUSES: [&str; 6] = ["pci", "virtio", "vmbus", "xen", "scsi", "acpi"];
 
 /// The modules of the initrd.
-#[derive(Debug, Default)]
+#[derive(Debug, Default, Clone)]
 pub struct Modules {
     folder: PathBuf,
     list: HashMap<String, (String, Vec<String>)>,
@@ -71,6 +71,21 @@ impl Modules {
     /// of ATA and SCSI are there.
     pub fn load_for_hardware(&mut self) {
         while self.one_round() {}
+    }
+
+    /// Loads `names` beside the drivers of the hardware: inflating a module takes as long as a disk does to answer.
+    /// The kernel sorts out what both sides load.
+    pub fn load_with_hardware(&mut self, names: &[&str]) {
+        let mut beside = self.clone();
+        std::thread::scope(|scope| {
+            scope.spawn(|| {
+                for name in names {
+                    beside.load(name);
+                }
+            });
+            self.load_for_hardware();
+        });
+        self.done.extend(beside.done);
     }
 
     fn one_round(&mut self) -> bool {

@@ -3,7 +3,7 @@
 //! | what | where |
 //! |---|---|
 //! | credentials systemd does not find by itself | `/run/credentials/@initrd/NAME` |
-//! | `system.hostname`, `hostname` | `/etc/hostname` in the overlay |
+//! | `system.hostname`, `hostname`, else the pattern of `host.json` | `/etc/hostname` in the overlay |
 //! | `ssh.authorized_keys.USER`, keys of NoCloud | `/run/pipeline/ssh/USER` |
 //! | `network.{network,link,netdev}.NAME` | `/run/systemd/network/NAME.network` … |
 //! | `network-config` | `/run/systemd/network/10-pipeline-CARD.network` |
@@ -14,8 +14,8 @@ use std::path::Path;
 
 use super::cloud::{self, Wishes};
 use super::credentials::{Brought, Credential, is_name};
-use super::wording::{ForApp, app_owner, environment, for_app, is_hostname, is_variable, owner};
-use super::{copy, log};
+use super::wording::{ForApp, app_owner, environment, filled, for_app, is_hostname, is_variable, owner};
+use super::{copy, log, yaml};
 
 const ROOT_ONLY: u32 = 0o400;
 
@@ -47,7 +47,8 @@ fn hand_to_systemd(credentials: &[Credential]) -> std::io::Result<()> {
 }
 
 fn hostname(root: &Path, brought: &Brought, wishes: &Wishes) -> std::io::Result<()> {
-    let Some(name) = brought.text("system.hostname").or(wishes.hostname.clone()) else { return Ok(()) };
+    let outside = brought.text("system.hostname").or(wishes.hostname.clone());
+    let Some(name) = outside.or_else(|| hostname_of_pattern(root)) else { return Ok(()) };
     if !is_hostname(&name) {
         log::warn("the hostname from outside is not one and is left out");
         return Ok(());
@@ -57,6 +58,14 @@ fn hostname(root: &Path, brought: &Brought, wishes: &Wishes) -> std::io::Result<
     let hosts = fs::read_to_string(root.join("etc/hosts")).unwrap_or_else(|_| "127.0.0.1\tlocalhost\n::1\tlocalhost\n".into());
     let kept = hosts.lines().filter(|line| !line.starts_with("127.0.1.1")).map(|line| format!("{line}\n")).collect::<String>();
     copy::file(&root.join("etc/hosts"), format!("{kept}127.0.1.1\t{name}\n").as_bytes(), 0o644, (0, 0))
+}
+
+/// The name `host.json` has a pattern for.
+fn hostname_of_pattern(root: &Path) -> Option<String> {
+    let host = yaml::parse(&fs::read_to_string(root.join("usr/lib/pipeline/host.json")).ok()?).ok()?;
+    let pattern = host.get("hostname")?.text().filter(|pattern| pattern.contains('?'))?.to_string();
+    let id = fs::read_to_string(root.join("etc/machine-id")).ok()?;
+    Some(filled(&pattern, id.trim()))
 }
 
 fn ssh_keys(root: &Path, brought: &Brought, wishes: &Wishes) -> std::io::Result<()> {

@@ -2,6 +2,22 @@
 
 use super::yaml;
 
+/// `pattern` with a hexadecimal digit made of the machine-id in place of each `?`; the machine-id does not show in them.
+pub fn filled(pattern: &str, machine_id: &str) -> String {
+    // FNV-1a, 64 bits.
+    let byte = |hash: u64, byte: u8| (hash ^ u64::from(byte)).wrapping_mul(0x100_0000_01b3);
+    let mut count = 0;
+    let digit = |c: char| {
+        if c != '?' {
+            return c;
+        }
+        count += 1;
+        let hash = format!("hostname {count} {machine_id}").bytes().fold(0xcbf2_9ce4_8422_2325, byte);
+        char::from_digit((hash >> 60) as u32, 16).unwrap_or('0')
+    };
+    pattern.chars().map(digit).collect()
+}
+
 /// Letters, digits and hyphens in parts of at most 63 (RFC 1123), 64 in all (Linux).
 pub fn is_hostname(name: &str) -> bool {
     let part = |part: &str| {

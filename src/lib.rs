@@ -19,3 +19,4 @@ pub mod error;
 pub mod fault;
 pub mod progress;
 pub mod sandbox;
+pub mod template;

@@ -3,6 +3,7 @@
 //! The program is not part of the library; its sources are compiled into this test once more.
 
 #![allow(dead_code, reason = "each file is here whole; the program uses what the tests do not")]
+#![allow(clippy::disallowed_methods, reason = "the tests start the tools that are their witnesses")]
 
 #[path = "../init/alias.rs"]
 mod alias;
@@ -20,6 +21,8 @@ mod gpt;
 mod grubenv;
 #[path = "../init/guid.rs"]
 mod guid;
+#[path = "../init/health.rs"]
+mod health;
 #[path = "../init/kmsg.rs"]
 mod kmsg;
 #[path = "../init/label.rs"]

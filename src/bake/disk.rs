@@ -6,7 +6,7 @@
 
 use std::fs::File;
 use std::os::unix::fs::FileExt as _;
-use std::path::Path;
+use std::path::{Path, PathBuf};
 use std::sync::Arc;
 
 use anyhow::{Context as _, Result};
@@ -78,6 +78,21 @@ fn ends(store: &Store, disk: &Disk, dir: &Path) -> Result<Ends> {
     let backup = gpt.backup()?;
     ends.tail.as_file().write_all_at(&backup, tail - backup.len() as u64).context("cannot write the partition table")?;
     Ok(ends)
+}
+
+/// The raw disk as a file of the cache, to boot it or to write overlays over it; nobody changes it.
+pub fn raw(store: &Store, disk: &Disk) -> Result<PathBuf> {
+    let dir = store.cache("disks");
+    fs_err::create_dir_all(&dir)?;
+    let path = dir.join(format!("{}.raw", disk.digest.hex()));
+    if fs_err::metadata(&path).is_ok_and(|meta| meta.len() == disk.config.table.bytes()) {
+        return Ok(path);
+    }
+    let temp = export::temporary(&dir)?;
+    write(store, disk, temp.as_file())?;
+    crate::fault::point("rename a raw disk");
+    temp.persist(&path).map_err(|error| error.error).with_context(|| format!("cannot write `{}`", path.display()))?;
+    Ok(path)
 }
 
 /// Writes the whole raw disk into `out`, an empty file; it is sparse.

@@ -12,7 +12,7 @@ use super::debian::apt::Apt;
 use super::debian::mirrors::{self, Archives};
 use super::debian::{fetch, repository};
 use super::lock::{self, Lock, PackageChange, Request, Set};
-use super::{Build, inside, work};
+use super::{Build, host_tree, inside, work};
 use crate::artifact::image;
 use crate::artifact::store::{Index, REF_NAME, Store};
 use crate::config::types::{Base, BuilderRef, Configure, Debian, Pipeline};
@@ -37,7 +37,7 @@ pub struct BaseImage {
 /// The package sets of a pipeline: what each asks for, bottom first.
 #[derive(Debug, Clone, PartialEq, Eq)]
 pub struct SetRequest {
-    /// The step that installs it: `base`, `packages`, `build-packages`.
+    /// The step that installs it: `base`, `packages`, `build-packages`, `host-packages`, `host-tools`.
     pub step: &'static str,
     pub request: Request,
 }
@@ -53,8 +53,12 @@ pub fn requests(pipeline: &Pipeline, builder: Option<&super::builder::Meta>, ima
     if pipeline.configure.iter().any(|configure| matches!(configure, Configure::Ansible(_))) {
         building.push(ANSIBLE.into());
     }
+    if !pipeline.has_image() {
+        runtime.clear();
+        building.clear();
+    }
     let replaced = replaced(pipeline);
-    let (suite, repositories, mut on) = match (&pipeline.base, image) {
+    let (suite, repositories, on) = match (&pipeline.base, image) {
         (_, Some((digest, suite))) if replaced => (suite.to_string(), Vec::new(), Some(digest.to_string())),
         _ if replaced => return requests,
         (Base::Debian(debian), _) => {
@@ -64,17 +68,31 @@ pub fn requests(pipeline: &Pipeline, builder: Option<&super::builder::Meta>, ima
             (debian.suite.to_string(), debian.repositories.clone(), Some(key))
         }
         (Base::Image { packages, .. } | Base::Oci { packages, .. } | Base::Tar { packages, .. }, Some((digest, suite))) => {
-            runtime.extend(packages.clone());
+            // On a host they are installed with its own.
+            runtime.extend(packages.iter().filter(|_| pipeline.has_image()).cloned());
             (suite.to_string(), Vec::new(), Some(digest.to_string()))
         }
         _ => return requests,
     };
-    for (step, packages) in [("packages", runtime), ("build-packages", building)] {
-        if !packages.is_empty() {
-            let request = mirrors::request(&suite, &packages, &repositories, on.clone());
-            on = Some(request.key());
-            requests.push(SetRequest { step, request });
+    let mut chain = |sets: [(&'static str, Vec<String>); 2]| {
+        let mut on = on.clone();
+        for (step, packages) in sets {
+            if !packages.is_empty() {
+                let request = mirrors::request(&suite, &packages, &repositories, on.clone());
+                on = Some(request.key());
+                requests.push(SetRequest { step, request });
+            }
         }
+    };
+    chain([("packages", runtime), ("build-packages", building)]);
+    if let Some(host) = &pipeline.host {
+        let mut packages = host_tree::packages::packages(host);
+        if let Base::Image { packages: own, .. } | Base::Oci { packages: own, .. } | Base::Tar { packages: own, .. } =
+            &pipeline.base
+        {
+            packages.extend(own.iter().cloned());
+        }
+        chain([("host-packages", packages), ("host-tools", host_tree::packages::tools(host))]);
     }
     requests
 }
@@ -92,6 +110,7 @@ pub fn packages_on_image(pipeline: &Pipeline, builder: Option<&super::builder::M
         Base::Image { packages, .. } | Base::Oci { packages, .. } | Base::Tar { packages, .. } => packages,
     };
     !own.is_empty()
+        || pipeline.host.is_some()
         || !pipeline.runtime.packages.is_empty()
         || !pipeline.build.packages.is_empty()
         || pipeline.configure.iter().any(|configure| matches!(configure, Configure::Ansible(_)))

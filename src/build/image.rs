@@ -9,23 +9,51 @@ use anyhow::Result;
 use serde_json::{Value, json};
 
 use super::Prepared;
-use super::plan::Step;
+use super::plan::{Action, Part, Step};
 use super::record::StepRecord;
 use super::steps::PATH;
-use crate::artifact::image::{Recipe, RunConfig, timestamp};
+use crate::artifact::image::{Layer, Recipe, RunConfig, timestamp};
 use crate::config::types::{HealthCheck, Source};
 
 /// Label with the health check, for `run` and later targets: `{"http": "/healthz"}`.
 pub const HEALTH_LABEL: &str = "io.pipeline.health";
+/// Label and annotation that tell a host image from an application's: `host`.
+pub const KIND: &str = "io.pipeline.kind";
 /// Characters of a commit message in a label, as source-to-image cuts it.
 const MESSAGE_LENGTH: usize = 80;
 
 /// The image made of the layers that ship.
 pub fn recipe(prepared: &Prepared, steps: &[Step], records: &[StepRecord]) -> Result<Recipe> {
     let base = records.first().and_then(|record| record.config.clone()).unwrap_or_default();
-    let layers = steps.iter().zip(records).filter(|(step, _)| step.ships).flat_map(|(_, record)| record.layers.clone()).collect();
-    let created = steps.last().map_or(super::plan::FIXED_EPOCH, |step| step.epoch);
+    let (layers, created) = layers(steps, records, Part::Image);
     Ok(Recipe { config: config(prepared, &base)?, layers, annotations: annotations(prepared, created)?, created })
+}
+
+/// The host image: a tree that boots, in the same form as an application's.
+pub fn host_recipe(prepared: &Prepared, steps: &[Step], records: &[StepRecord]) -> Result<Recipe> {
+    let (layers, _) = layers(steps, records, Part::Host);
+    let name = prepared.pipeline.name.to_string();
+    // What dates the tree is the step of the host, not the apps with their fixed date.
+    let created = steps.iter().find(|step| step.action == Action::Host).map_or(super::plan::FIXED_EPOCH, |step| step.epoch);
+    let config = RunConfig {
+        env: Some(vec![format!("PATH={PATH}")]),
+        cmd: Some(vec!["/sbin/init".into()]),
+        labels: Some(BTreeMap::from([(KIND.into(), "host".into())])),
+        ..RunConfig::default()
+    };
+    let annotations = BTreeMap::from([
+        ("org.opencontainers.image.created".to_string(), timestamp(created)?),
+        ("org.opencontainers.image.title".to_string(), name),
+        (KIND.to_string(), "host".to_string()),
+    ]);
+    Ok(Recipe { config, layers, annotations, created })
+}
+
+/// The layers that ship in `part`, and the date of its last step.
+fn layers(steps: &[Step], records: &[StepRecord], part: Part) -> (Vec<Layer>, i64) {
+    let own: Vec<_> = steps.iter().zip(records).filter(|(step, _)| part.stands_on(step.part)).collect();
+    let created = own.last().map_or(super::plan::FIXED_EPOCH, |(step, _)| step.epoch);
+    (own.into_iter().filter(|(step, _)| step.ships).flat_map(|(_, record)| record.layers.clone()).collect(), created)
 }
 
 fn config(prepared: &Prepared, base: &RunConfig) -> Result<RunConfig> {

@@ -9,7 +9,9 @@ pub mod builder;
 pub mod debian;
 pub mod detect;
 pub mod explain;
+mod flow;
 pub mod host;
+pub mod host_tree;
 pub mod image;
 pub mod inside;
 pub mod lock;
@@ -28,22 +30,24 @@ use std::collections::BTreeMap;
 use std::path::{Path, PathBuf};
 use std::sync::{Mutex, PoisonError};
 use std::thread::JoinHandle;
-use std::time::Instant;
+
+pub use flow::build;
 
 use anyhow::{Context as _, Result};
 use serde::Serialize;
 
-use crate::artifact::store::{Descriptor, Hold, Lock, Store};
+use crate::artifact::store::Store;
 use crate::config::types::{Base, BuilderRef, Configure, Pipeline, Source};
 use crate::error::Problem;
 use crate::oci::digest::{Digest, Hasher};
-use crate::progress::{Event, Outcome, Progress};
+use crate::progress::Progress;
 use crate::sandbox::{self, Session};
 use base::{BaseImage, SetRequest};
 use builder::Builder;
+use flow::run_steps;
 use host::Host;
-use plan::{BaseInput, Inputs, SetInput, Step};
-use record::{BuildRecord, BuiltStep, Found, StepRecord};
+use plan::{BaseInput, FileInput, HostApp, HostInput, Inputs, SetInput, Step};
+use record::{Found, StepRecord};
 use source::git::GitState;
 use source::listing::Listing;
 
@@ -140,6 +144,8 @@ pub struct Prepared {
     pub fingerprints: Vec<(String, String)>,
     pub configure: Vec<Digest>,
     pub source_epoch: i64,
+    /// What goes into the steps of the host, when there is one.
+    pub machine: Option<host_tree::Machine>,
 }
 
 impl Prepared {
@@ -183,7 +189,31 @@ impl Prepared {
             secrets: self.fingerprints.clone(),
             configure: self.configure.clone(),
             source_epoch: self.source_epoch,
+            host: self.machine.as_ref().map(|machine| self.host_input(machine)).transpose()?,
         }))
+    }
+
+    fn host_input(&self, machine: &host_tree::Machine) -> Result<HostInput> {
+        let apps = machine.apps.iter().map(|app| {
+            let image = match (app.image, app.stand_in) {
+                (Some(digest), _) => digest.to_string(),
+                (None, Some(key)) => format!("not built, {key}"),
+                (None, None) => "not built".into(),
+            };
+            let mut files = vec![FileInput { name: "app settings".into(), digest: Digest::of(app.settings().to_string()) }];
+            for name in host_tree::apps::TEMPLATES {
+                let digest = Digest::of(crate::template::text(name)?);
+                files.push(FileInput { name: format!("template {name}"), digest });
+            }
+            Ok(HostApp { name: app.app.name.clone(), image, files })
+        });
+        Ok(HostInput {
+            packages: self.set_input("host-packages").context("locked packages of the host")?,
+            tools: self.set_input("host-tools"),
+            packages_files: machine.packages.inputs(),
+            files: machine.configuration.inputs(),
+            apps: apps.collect::<Result<_>>()?,
+        })
     }
 }
 
@@ -191,14 +221,26 @@ impl Prepared {
 #[derive(Debug, Clone, PartialEq, Serialize)]
 pub struct Built {
     pub schema: u32,
-    /// `NAME:latest`.
+    /// `NAME:latest`; `NAME:latest.host` when there is only a host.
     pub name: String,
-    /// Digest of the image's manifest.
+    /// Digest of the manifest of that image.
     pub digest: Digest,
+    /// The host beside the application image.
+    #[serde(skip_serializing_if = "Option::is_none")]
+    pub host: Option<BuiltHost>,
     pub steps: Vec<BuiltStepSummary>,
     pub seconds: f64,
     /// Files of the source that differ from HEAD.
     pub changed_files: usize,
+}
+
+/// The host image of a pipeline that makes both.
+#[derive(Debug, Clone, PartialEq, Serialize)]
+pub struct BuiltHost {
+    /// `NAME:latest.host`.
+    pub name: String,
+    /// Digest of its manifest.
+    pub digest: Digest,
 }
 
 /// One line of [`Built`].
@@ -217,6 +259,19 @@ pub struct BuiltStepSummary {
 /// Reads everything a build of `pipeline` depends on. Resolves what the lock does not hold, and
 /// then writes the lock.
 pub fn prepare(build: &Build<'_>, pipeline: &Pipeline, locked: bool) -> Result<Prepared> {
+    prepare_with(build, pipeline, locked, &Images::new())
+}
+
+/// Images of other pipelines that were just built, by pipeline file.
+type Images = BTreeMap<PathBuf, Digest>;
+
+/// [`prepare`] with `images` known.
+fn prepare_with(build: &Build<'_>, pipeline: &Pipeline, locked: bool, images: &Images) -> Result<Prepared> {
+    // Before this pipeline's lock is read: theirs is the same file.
+    let apps = match &pipeline.host {
+        Some(host) => host_tree::resolve::apps(build, host, locked, images)?,
+        None => Vec::new(),
+    };
     let mut lock = lock::load(&pipeline.dir)?.unwrap_or_default();
     let before = lock.clone();
     let base_image = base::image_of(build, pipeline, &mut lock, locked, false)?;
@@ -238,6 +293,9 @@ pub fn prepare(build: &Build<'_>, pipeline: &Pipeline, locked: bool) -> Result<P
             .iter()
             .map(|value| Ok((value.id.clone(), secret::fingerprint(&key, value)?)))
             .collect::<Result<_>>()?;
+    }
+    if let Some(host) = &pipeline.host {
+        host_tree::resolve::machine(build, &mut prepared, host, apps)?;
     }
     Ok(prepared)
 }
@@ -269,6 +327,7 @@ fn prepare_unresolved(pipeline: &Pipeline, lock: lock::Lock, base_image: Option<
         fingerprints: Vec::new(),
         configure: Vec::new(),
         source_epoch: plan::FIXED_EPOCH,
+        machine: None,
     })
 }
 
@@ -348,7 +407,7 @@ fn read_base_image(build: &Build<'_>, prepared: &mut Prepared) -> Result<(String
     }
     // A tar base: its own step makes the tree, without packages on top.
     let bare = plan::plan(&Inputs {
-        pipeline: &Pipeline { configure: Vec::new(), ..prepared.pipeline.clone() },
+        pipeline: &Pipeline { configure: Vec::new(), host: None, ..prepared.pipeline.clone() },
         base: BaseInput::Tar { digest: prepared.tar.context("a tar base")? },
         packages: None,
         build_packages: None,
@@ -360,8 +419,9 @@ fn read_base_image(build: &Build<'_>, prepared: &mut Prepared) -> Result<(String
         secrets: Vec::new(),
         configure: Vec::new(),
         source_epoch: plan::FIXED_EPOCH,
+        host: None,
     });
-    let records = run_steps(build, prepared, &bare, vec![None], &Options::default())?;
+    let records = run_steps(build, prepared, &bare, Vec::new(), vec![None], &Options::default())?;
     let layers: Vec<_> = records.iter().flat_map(|(record, _)| record.layers.clone()).collect();
     base::installed(build, &session, &layers)
 }
@@ -514,258 +574,6 @@ pub fn look_up(build: &Build<'_>, steps: &[Step]) -> Result<Vec<Option<StepRecor
         });
     }
     Ok(records)
-}
-
-/// Builds `pipeline`.
-pub fn build(build: &Build<'_>, pipeline: &Pipeline, options: &Options) -> Result<Built> {
-    let started = Instant::now();
-    let mut prepared = prepare(build, pipeline, options.locked)?;
-    let (mut steps, mut found) = (prepared.plan()?, Vec::new());
-    for _ in 0..prepared.requests.len() + 1 {
-        found = look_up(build, &steps)?;
-        let run: Vec<&str> =
-            steps.iter().zip(&found).filter(|(_, found)| found.is_none()).map(|(step, _)| step.name.as_str()).collect();
-        let requests: Vec<SetRequest> = prepared.requests.iter().filter(|wanted| run.contains(&wanted.step)).cloned().collect();
-        let mut lock = prepared.lock.clone();
-        if requests.is_empty() || !base::fetch_all(build, pipeline, &requests, &mut lock, options.update_missing, "")? {
-            break;
-        }
-        lock::save(&pipeline.dir, &lock)?;
-        prepared = prepare(build, pipeline, options.locked)?;
-        steps = prepared.plan()?;
-    }
-    let cached = found.iter().filter(|found| found.is_some()).count();
-    tell_age(build, &prepared);
-    build.progress.event(Event::Plan {
-        pipeline: pipeline.name.to_string(),
-        steps: steps.iter().map(|step| step.name.clone()).collect(),
-        cached,
-    });
-    let results = if cached == steps.len() {
-        sweep_leftovers(build)?;
-        found.into_iter().flatten().map(|record| (record, false)).collect()
-    } else {
-        if found.first().is_some_and(Option::is_none)
-            && let Some(image) = &mut prepared.base_image
-        {
-            base::pull(build, image)?;
-        }
-        run_steps(build, &prepared, &steps, found, options)?
-    };
-    finish(build, &prepared, &steps, results, options, started)
-}
-
-/// Says how old the locked packages are (DESIGN section 7, contract 11).
-fn tell_age(build: &Build<'_>, prepared: &Prepared) {
-    let oldest = prepared
-        .requests
-        .iter()
-        .filter_map(|wanted| prepared.lock.sets.get(&wanted.request.key()))
-        .map(|set| set.resolved.as_str())
-        .min();
-    let Some(resolved) = oldest.and_then(|date| date.parse::<jiff::Timestamp>().ok()) else { return };
-    let days = (build.host.now - resolved.as_second()) / 86_400;
-    if days >= 1 {
-        let date = resolved.strftime("%Y-%m-%d");
-        build.progress.note(format!(
-            "packages as locked on {date}, {days} day{} ago; `pipeline update` moves them",
-            if days == 1 { "" } else { "s" }
-        ));
-    }
-}
-
-/// Removes what killed builds left, when nobody else is building.
-fn sweep_leftovers(build: &Build<'_>) -> Result<()> {
-    if !work::leftovers(build.store)? || build.store.alone()?.is_none() {
-        return Ok(());
-    }
-    let session = build.session(false)?;
-    let work = work::Work::take(build.store, None, &|path| session.call("remove", &path))?;
-    work.remove(Some(&session))
-}
-
-/// Runs the steps that have no record, in order; answers every step's record and whether it ran.
-fn run_steps(
-    build: &Build<'_>,
-    prepared: &Prepared,
-    steps: &[Step],
-    found: Vec<Option<StepRecord>>,
-    options: &Options,
-) -> Result<Vec<(StepRecord, bool)>> {
-    let session = build.session(options.shell)?;
-    let work = work::Work::take(build.store, options.work_dir.as_deref(), &|path| session.call("remove", &path))?;
-    let finder = secret::Finder::new(&prepared.secrets)?;
-    let runner = steps::Runner {
-        store: build.store,
-        session: &session,
-        work: &work,
-        host: build.host,
-        prepared,
-        debs: build.debs(),
-        finder: &finder,
-        shell: options.shell,
-    };
-    let mut results: Vec<(StepRecord, bool)> = Vec::new();
-    let mut failed = None;
-    for (step, found) in steps.iter().zip(found) {
-        let below: Vec<StepRecord> = results.iter().map(|(record, _)| record.clone()).collect();
-        match one_step(build, &runner, step, &below, found) {
-            Ok(result) => results.push(result),
-            Err(error) => {
-                failed = Some(error);
-                break;
-            }
-        }
-    }
-    // After ^C or a killed unshare process, another one cleans up.
-    let cleaned = match work_is_alive(&session) {
-        true => work.remove(Some(&session)),
-        false => build.session(false).and_then(|session| work.remove(Some(&session))),
-    };
-    match failed {
-        Some(error) => Err(error),
-        None => cleaned.map(|()| results),
-    }
-}
-
-fn work_is_alive(session: &Session) -> bool {
-    session.call::<_, u64>("size", &Path::new("/proc/self/fdinfo")).is_ok()
-}
-
-fn one_step(
-    build: &Build<'_>,
-    runner: &steps::Runner<'_>,
-    step: &Step,
-    below: &[StepRecord],
-    found: Option<StepRecord>,
-) -> Result<(StepRecord, bool)> {
-    let name = step.name.clone();
-    if let Some(record) = found {
-        build.progress.event(Event::StepEnd { step: name, outcome: Outcome::Cached, seconds: 0.0, bytes: record.bytes() });
-        return Ok((record, false));
-    }
-    // Two builds of the same step: the second waits and takes the first one's result.
-    let _lock = Lock::wait(&build.store.cache("steps").join(format!("{}.lock", step.key.hex())), Hold::Exclusive)?;
-    if let Found::Record(record) = record::find(build.store, &step.key)? {
-        build.progress.event(Event::StepEnd { step: name, outcome: Outcome::Cached, seconds: 0.0, bytes: record.bytes() });
-        return Ok((*record, false));
-    }
-    let because = explain::because(build.store, runner.prepared, step)?;
-    build.progress.event(Event::StepStart { step: name.clone(), because });
-    let started = Instant::now();
-    match runner.run(step, below, build.progress) {
-        Ok(record) => {
-            if !record.dropped.is_empty() {
-                build.progress.warn(format!(
-                    "step `{name}`: device nodes and sockets do not go into a layer and were left out: {}",
-                    record.dropped.join(", ")
-                ));
-            }
-            build.progress.event(Event::StepEnd {
-                step: name,
-                outcome: Outcome::Ran,
-                seconds: record.seconds,
-                bytes: record.bytes(),
-            });
-            Ok((record, true))
-        }
-        Err(error) => {
-            build.progress.event(Event::StepEnd {
-                step: name.clone(),
-                outcome: Outcome::Failed,
-                seconds: started.elapsed().as_secs_f64(),
-                bytes: 0,
-            });
-            Err(error)
-        }
-    }
-}
-
-/// Writes the image, tags it, remembers the build.
-fn finish(
-    build: &Build<'_>,
-    prepared: &Prepared,
-    steps: &[Step],
-    results: Vec<(StepRecord, bool)>,
-    options: &Options,
-    started: Instant,
-) -> Result<Built> {
-    let records: Vec<StepRecord> = results.iter().map(|(record, _)| record.clone()).collect();
-    let recipe = image::recipe(prepared, steps, &records)?;
-    refuse_secrets_in_config(prepared, &recipe)?;
-    let descriptor: Descriptor = crate::artifact::image::write(build.store, &recipe)?;
-    let name = format!("{}:latest", prepared.pipeline.name);
-    let changed_files = changed_files(build, prepared)?;
-    let summary = results.iter().map(|(record, ran)| BuiltStepSummary {
-        step: record.step.clone(),
-        key: record.key,
-        ran: *ran,
-        seconds: if *ran { record.seconds } else { 0.0 },
-        script_seconds: if *ran { record.script_seconds } else { 0.0 },
-        bytes: record.bytes(),
-    });
-    let built = Built {
-        schema: 1,
-        name: name.clone(),
-        digest: descriptor.digest,
-        steps: summary.collect(),
-        seconds: started.elapsed().as_secs_f64(),
-        changed_files,
-    };
-    if !options.untagged {
-        build.store.tag(&name, &descriptor)?;
-        remember(build, prepared, steps, &results, descriptor.digest, changed_files)?;
-    }
-    build.progress.event(Event::Built { name, digest: built.digest.to_string(), seconds: built.seconds });
-    Ok(built)
-}
-
-/// A secret that was also written into the pipeline file must not reach the image that way.
-fn refuse_secrets_in_config(prepared: &Prepared, recipe: &crate::artifact::image::Recipe) -> Result<()> {
-    let finder = secret::Finder::new(&prepared.secrets)?;
-    let (config, manifest) = crate::artifact::image::encode(recipe)?;
-    match finder.find(&config).or_else(|| finder.find(&manifest)) {
-        Some(id) => Err(Problem::failed(format!("the value of secret `{id}` is in the image's configuration"))
-            .hint("take it out of `image.env`, `image.labels` and `image.command`")
-            .into()),
-        None => Ok(()),
-    }
-}
-
-fn remember(
-    build: &Build<'_>,
-    prepared: &Prepared,
-    steps: &[Step],
-    results: &[(StepRecord, bool)],
-    digest: Digest,
-    changed: usize,
-) -> Result<()> {
-    for (digest, listing) in prepared.listings() {
-        let path = build.store.cache("listings").join(digest.hex());
-        if !path.exists() {
-            crate::artifact::store::write_cache(&path, &listing.encode())?;
-        }
-    }
-    let steps = steps.iter().zip(results).map(|(step, (record, ran))| BuiltStep {
-        step: step.name.clone(),
-        key: step.key,
-        ingredients: step.ingredients.clone(),
-        ran: *ran,
-        seconds: if *ran { record.seconds } else { 0.0 },
-    });
-    record::remember(
-        build.store,
-        BuildRecord {
-            version: 1,
-            pipeline: prepared.pipeline.name.to_string(),
-            number: 0,
-            digest,
-            time: build.host.now,
-            head: prepared.git.as_ref().map(|git| git.head.clone()),
-            changed,
-            steps: steps.collect(),
-        },
-    )
 }
 
 #[cfg(test)]

@@ -47,6 +47,12 @@ pub enum Action {
     Assemble,
     /// The configure step of this index.
     Configure(usize),
+    /// Locked packages of a host, with its kernel in place and the written lists removed.
+    HostPackages,
+    /// Users, files, units and boot files of a host.
+    Host,
+    /// The app of this index, merged into one layer.
+    App(usize),
 }
 
 impl Action {
@@ -59,7 +65,29 @@ impl Action {
             Self::Dependencies => "dependencies 1",
             Self::Assemble => "assemble 1",
             Self::Configure(_) => "configure 1",
+            Self::HostPackages => "host packages 1",
+            Self::Host => "host 1",
+            Self::App(_) => "app 1",
         }
+    }
+}
+
+/// Which of a pipeline's images a step is for.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, Serialize, Deserialize)]
+#[serde(rename_all = "kebab-case")]
+pub enum Part {
+    /// The application image and the host.
+    Base,
+    /// The application image.
+    Image,
+    /// The host image.
+    Host,
+}
+
+impl Part {
+    /// Whether a step of `below` is under one of this part.
+    pub fn stands_on(self, below: Part) -> bool {
+        below == Part::Base || below == self
     }
 }
 
@@ -69,6 +97,7 @@ pub struct Step {
     /// `base`, `packages`, `build-packages`, `dependencies`, `application`, `configure-1`, …
     pub name: String,
     pub action: Action,
+    pub part: Part,
     pub key: Digest,
     #[serde(skip)]
     pub ingredients: Vec<Ingredient>,
@@ -96,6 +125,38 @@ pub enum BaseInput {
     Scratch,
 }
 
+/// A file a step is given.
+#[derive(Debug, Clone, PartialEq, Eq)]
+pub struct FileInput {
+    /// As in [`Ingredient::name`].
+    pub name: String,
+    pub digest: Digest,
+}
+
+/// What goes into the steps of a host.
+#[derive(Debug)]
+pub struct HostInput {
+    pub packages: SetInput,
+    /// Packages of the step `host-tools`; none: no step.
+    pub tools: Option<SetInput>,
+    /// Lists, scripts and kernel of `host-packages`.
+    pub packages_files: Vec<FileInput>,
+    /// Script and files of `host`.
+    pub files: Vec<FileInput>,
+    /// In the order of their names.
+    pub apps: Vec<HostApp>,
+}
+
+/// What goes into the step of an app.
+#[derive(Debug)]
+pub struct HostApp {
+    pub name: String,
+    /// The image's digest, or what is known of it while it is not built.
+    pub image: String,
+    /// Settings as text, and the templates.
+    pub files: Vec<FileInput>,
+}
+
 /// Everything [`plan`] looks at.
 #[derive(Debug)]
 pub struct Inputs<'a> {
@@ -120,11 +181,13 @@ pub struct Inputs<'a> {
     pub configure: Vec<Digest>,
     /// Date of the application layer.
     pub source_epoch: i64,
+    /// The machine, when the pipeline makes one.
+    pub host: Option<HostInput>,
 }
 
-/// The steps, bottom first.
+/// The steps, bottom first: what both images stand on, then the application image's, then the host's.
 pub fn plan(inputs: &Inputs<'_>) -> Vec<Step> {
-    let mut chain = Chain { steps: Vec::new(), compression: inputs.pipeline.image.compression };
+    let mut chain = Chain { steps: Vec::new(), part: Part::Base, compression: inputs.pipeline.image.compression };
     match &inputs.base {
         BaseInput::Debian(set) => chain.push("base", Action::Debian, true, set.epoch, packages(set)),
         BaseInput::Image { reference, digest } => {
@@ -136,6 +199,17 @@ pub fn plan(inputs: &Inputs<'_>) -> Vec<Step> {
         }
         BaseInput::Scratch => {}
     }
+    if inputs.pipeline.has_image() {
+        image_steps(inputs, &mut chain);
+    }
+    if let Some(host) = &inputs.host {
+        host_steps(host, &mut chain);
+    }
+    chain.steps
+}
+
+fn image_steps(inputs: &Inputs<'_>, chain: &mut Chain) {
+    chain.part = Part::Image;
     if let Some(set) = &inputs.packages {
         chain.push("packages", Action::Packages, true, set.epoch, packages(set));
     }
@@ -177,17 +251,39 @@ pub fn plan(inputs: &Inputs<'_>) -> Vec<Step> {
         });
         chain.push(&format!("configure-{}", index + 1), Action::Configure(index), true, inputs.source_epoch, ingredients);
     }
-    chain.steps
+}
+
+fn host_steps(host: &HostInput, chain: &mut Chain) {
+    chain.part = Part::Host;
+    let files = |files: &[FileInput]| -> Vec<Ingredient> {
+        files.iter().map(|file| plain(&file.name, file.digest.to_string())).collect()
+    };
+    let mut ingredients = packages(&host.packages);
+    ingredients.extend(files(&host.packages_files));
+    chain.push("host-packages", Action::HostPackages, true, host.packages.epoch, ingredients);
+    if let Some(tools) = &host.tools {
+        chain.push("host-tools", Action::Packages, false, tools.epoch, packages(tools));
+    }
+    chain.push("host", Action::Host, true, host.packages.epoch, files(&host.files));
+    for (index, app) in host.apps.iter().enumerate() {
+        let mut ingredients = vec![plain(format!("app {}", app.name), &app.image)];
+        ingredients.extend(files(&app.files));
+        // Its files date from its image; the few of ours have a fixed date.
+        chain.push(&format!("app-{}", app.name), Action::App(index), true, FIXED_EPOCH, ingredients);
+    }
 }
 
 struct Chain {
     steps: Vec<Step>,
+    part: Part,
     compression: Compression,
 }
 
 impl Chain {
     fn push(&mut self, name: &str, action: Action, ships: bool, epoch: i64, mut ingredients: Vec<Ingredient>) {
-        if let Some(below) = self.steps.last() {
+        // An app's layer is made of its image alone, whatever it lies on.
+        let below = self.steps.iter().rev().find(|step| self.part.stands_on(step.part));
+        if let Some(below) = below.filter(|_| !matches!(action, Action::App(_))) {
             ingredients.insert(0, plain(format!("step {}", below.name), below.key.to_string()));
         }
         // The layers of an image are taken as they are; all others are blobs of ours.
@@ -196,7 +292,7 @@ impl Chain {
         }
         ingredients.push(plain("date", epoch.to_string()));
         let key = key(&action, &ingredients);
-        self.steps.push(Step { name: name.into(), action, key, ingredients, ships, epoch });
+        self.steps.push(Step { name: name.into(), action, part: self.part, key, ingredients, ships, epoch });
     }
 }
 

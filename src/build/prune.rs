@@ -6,6 +6,7 @@
 //! except what somebody holds at that moment.
 
 use std::collections::{BTreeMap, BTreeSet};
+use std::os::unix::fs::MetadataExt as _;
 use std::path::{Path, PathBuf};
 
 use anyhow::Result;
@@ -21,7 +22,7 @@ use crate::oci::digest::Digest;
 /// One thing that can go.
 #[derive(Debug, Clone, PartialEq, Eq, Serialize)]
 pub struct Unneeded {
-    /// `blob`, `tree`, `step`, `package`, `source`, `log`.
+    /// `blob`, `tree`, `step`, `package`, `source`, `disk`.
     pub kind: &'static str,
     pub path: PathBuf,
     /// Bytes on disk, as far as they can be read.
@@ -99,6 +100,10 @@ pub fn plan(store: &Store, keep: usize, locks: &[lock::Lock]) -> Result<Vec<Unne
         name.starts_with('.') || kept_records.contains(name.split('.').next().unwrap_or(name))
     })?;
     collect(&mut unneeded, "source", &store.cache("listings"), &|name| name.starts_with("pulled-") || listings.contains(name))?;
+    // A raw disk can be written again from its artifact, a bake be done again.
+    collect(&mut unneeded, "disk", &store.cache("disks"), &|name| {
+        name.starts_with('.') || blobs.contains(name.split('.').next().unwrap_or(name))
+    })?;
     collect(&mut unneeded, "package", &store.cache("debs"), &|name| {
         !is_package(name) || packages.contains(name.split('.').next().unwrap_or(name))
     })?;
@@ -112,6 +117,9 @@ fn is_package(name: &str) -> bool {
 
 fn collect(unneeded: &mut Vec<Unneeded>, kind: &'static str, dir: &Path, is_kept: &dyn Fn(&str) -> bool) -> Result<()> {
     let mut rows = BTreeMap::new();
+    if !dir.exists() {
+        return Ok(());
+    }
     for entry in fs_err::read_dir(dir)? {
         let entry = entry?;
         let name = entry.file_name().to_string_lossy().into_owned();
@@ -121,7 +129,11 @@ fn collect(unneeded: &mut Vec<Unneeded>, kind: &'static str, dir: &Path, is_kept
                 Unneeded {
                     kind,
                     path: entry.path(),
-                    bytes: entry.metadata().map(|meta| if meta.is_file() { meta.len() } else { 0 }).unwrap_or(0),
+                    // A sparse file takes less room than it is long.
+                    bytes: entry
+                        .metadata()
+                        .map(|meta| if meta.is_file() { meta.len().min(meta.blocks() * 512) } else { 0 })
+                        .unwrap_or(0),
                 },
             );
         }

@@ -17,13 +17,14 @@ use super::inside::{Copy, Exec, Pack, PackedLayer, Read, Seed, Unpack};
 use super::plan::{Action, Step};
 use super::record::StepRecord;
 use super::work::{self, Tree, Work};
-use super::{Prepared, debian, secret};
+use super::{Prepared, debian, host_tree, secret};
 use crate::artifact::image::{Layer, RunConfig};
 use crate::artifact::store::{Descriptor, Store};
 use crate::config::types::{Compression, Configure, Network};
 use crate::error::Problem;
 use crate::fault;
 use crate::oci::compress;
+use crate::oci::flatten::{Blob, flatten};
 use crate::oci::layer::PackOptions;
 use crate::oci::unpack::Unpacked;
 use crate::progress::{Event, Progress};
@@ -39,6 +40,10 @@ pub const PATH: &str = "/usr/local/sbin:/usr/local/bin:/usr/sbin:/usr/bin:/sbin:
 const CONFIGURE: &str = "/run/pipeline/configure";
 /// Where the locked packages are while they are installed.
 const REPOSITORY: &str = "/run/pipeline/repository";
+/// Where a host's scripts and lists are while its steps run.
+const HOST_FOLDER: &str = host_tree::FOLDER;
+/// How a line of a host's scripts begins that is worth more than a place in the log.
+const WARNING: &str = "warning: ";
 /// Status of a shell or sandbox whose program SIGKILL ended, as the kernel does when memory is out.
 const KILLED: i32 = 128 + libc::SIGKILL;
 /// The same for a file over its limit.
@@ -68,6 +73,7 @@ impl Runner<'_> {
         let mut log = Log::open(self, step, progress)?;
         let mut record = match &step.action {
             Action::Image => self.image(step)?,
+            Action::App(index) => self.app(step, *index)?,
             _ => {
                 let dir = self.work.dir().join(&step.name);
                 fs_err::create_dir_all(&dir)?;
@@ -98,9 +104,11 @@ impl Runner<'_> {
             Action::Debian => self.debian(step, place, log)?,
             Action::Tar => dropped = self.tar(place)?,
             Action::Packages => self.packages(step, &lowers, place, log)?,
+            Action::HostPackages => self.host_packages(step, &lowers, place, log)?,
+            Action::Host => self.host(step, &lowers, place, log)?,
             Action::Dependencies | Action::Assemble => self.scripts(step, below, &lowers, place, log)?,
             Action::Configure(index) => self.configure(step, *index, &lowers, place, log)?,
-            Action::Image => {}
+            Action::Image | Action::App(_) => {}
         }
         let (layer, packed) = self.pack(step, &lowers, place)?;
         dropped.extend(packed.packed.dropped);
@@ -125,10 +133,7 @@ impl Runner<'_> {
             skip_content: if first { momentary } else { vec![] },
             skip_empty: vec!["etc/resolv.conf".into(), "etc/hosts".into()],
         };
-        let compression = match self.prepared.pipeline.image.compression {
-            Compression::Zstd => compress::Compression::Zstd,
-            Compression::Gzip => compress::Compression::Gzip,
-        };
+        let compression = self.compression();
         let temp = self.store.temp()?;
         let args = Pack {
             options,
@@ -139,8 +144,8 @@ impl Runner<'_> {
             refuse_identities: true,
             normalise: match step.action {
                 Action::Debian => Some(Origin::Bootstrap),
-                Action::Packages => Some(Origin::Packages),
-                Action::Tar | Action::Image => None,
+                Action::Packages | Action::HostPackages | Action::Host => Some(Origin::Packages),
+                Action::Tar | Action::Image | Action::App(_) => None,
                 Action::Dependencies | Action::Assemble | Action::Configure(_) => Some(Origin::Step),
             },
         };
@@ -150,6 +155,13 @@ impl Runner<'_> {
         self.store.adopt(temp, &written.digest)?;
         let descriptor = Descriptor::new(compression.media_type(), written.digest, written.size);
         Ok((Layer { descriptor, diff_id: written.diff_id, created_by: format!("pipeline {}", step.name) }, packed))
+    }
+
+    fn compression(&self) -> compress::Compression {
+        match self.prepared.pipeline.image.compression {
+            Compression::Zstd => compress::Compression::Zstd,
+            Compression::Gzip => compress::Compression::Gzip,
+        }
     }
 
     /// Fetches the locked packages and makes the throw-away repository of them.
@@ -189,6 +201,12 @@ impl Runner<'_> {
     }
 
     fn packages(&self, step: &Step, lowers: &[PathBuf], place: &Place, log: &mut Log<'_>) -> Result<()> {
+        let spec = self.installation(step, lowers, place)?;
+        self.execute(step, "the package installation", &spec, log)
+    }
+
+    /// The command that installs the locked packages of a step.
+    fn installation(&self, step: &Step, lowers: &[PathBuf], place: &Place) -> Result<RunSpec> {
         let set = self.prepared.set(&step.name)?;
         let repository = place.dir.join("repository");
         self.repository(set, &repository)?;
@@ -196,7 +214,73 @@ impl Runner<'_> {
         spec.argv = vec!["/bin/sh".into(), "-c".into(), debian::bootstrap::install_script(set, REPOSITORY)?];
         spec.mounts.push(Mount::Bind { source: repository, target: REPOSITORY.into(), writable: false });
         spec.secrets.clear();
+        Ok(spec)
+    }
+
+    /// Packages with the kernel, between the two scripts of `templates/host`.
+    fn host_packages(&self, step: &Step, lowers: &[PathBuf], place: &Place, log: &mut Log<'_>) -> Result<()> {
+        let machine = self.prepared.machine.as_ref().context("a host")?;
+        let mut spec = self.installation(step, lowers, place)?;
+        self.give_folder(&machine.packages, place, &mut spec)?;
+        let install = spec.argv.pop().context("the installation")?;
+        fs_err::write(place.dir.join("host/install.sh"), install)?;
+        let script = format!(
+            "set -e; cd /; INITRD=No; export INITRD; for part in prepare install finish; do sh {HOST_FOLDER}/$part.sh; done"
+        );
+        spec.argv.push(script);
         self.execute(step, "the package installation", &spec, log)
+    }
+
+    /// The configuration of a host, as root of its tree.
+    fn host(&self, step: &Step, lowers: &[PathBuf], place: &Place, log: &mut Log<'_>) -> Result<()> {
+        let machine = self.prepared.machine.as_ref().context("a host")?;
+        let mut spec = self.spec(step, lowers, place)?;
+        spec.secrets.clear();
+        self.give_folder(&machine.configuration, place, &mut spec)?;
+        spec.argv = vec!["/bin/sh".into(), format!("{HOST_FOLDER}/configure.sh")];
+        self.execute(step, "the configuration of the host", &spec, log)
+    }
+
+    fn give_folder(&self, folder: &host_tree::Folder, place: &Place, spec: &mut RunSpec) -> Result<()> {
+        let dir = place.dir.join("host");
+        folder.write(&dir)?;
+        spec.mounts.push(Mount::Bind { source: dir, target: HOST_FOLDER.into(), writable: false });
+        for (name, source, _) in &folder.mounts {
+            let target = Path::new(HOST_FOLDER).join(name);
+            spec.mounts.push(Mount::Bind { source: source.clone(), target, writable: false });
+        }
+        Ok(())
+    }
+
+    /// The layer of an app, from its image's; nothing is unpacked, so no id need be mapped.
+    fn app(&self, step: &Step, index: usize) -> Result<StepRecord> {
+        let machine = self.prepared.machine.as_ref().context("a host")?;
+        let input = machine.apps.get(index).context("an app")?;
+        let digest = input.image.context("a built image")?;
+        let (_, config) = crate::artifact::image::read(self.store, &digest)?;
+        let blobs: Vec<Blob> = crate::artifact::image::layers(self.store, &digest)?
+            .iter()
+            .map(|layer| {
+                let compression = compress::Compression::of_media_type(&layer.descriptor.media_type)
+                    .with_context(|| format!("the unknown media type `{}`", layer.descriptor.media_type))?;
+                let path = self.store.blob(&layer.descriptor.digest);
+                Ok(Blob { path, digest: layer.descriptor.digest, compression })
+            })
+            .collect::<Result<_>>()?;
+        let tree = flatten(&blobs, self.work.dir(), self.host.threads)
+            .with_context(|| format!("cannot read the image of app `{}`", input.app.name))?;
+        let temp = self.store.temp()?;
+        let out = fs_err::OpenOptions::new().write(true).truncate(true).open(temp.path())?;
+        let compression = self.compression();
+        let writer = compress::LayerWriter::new(out, compression, self.host.threads);
+        let (writer, made) = host_tree::apps::layer(input, tree, &config.config, step.epoch, writer)?;
+        let written = writer.finish()?;
+        self.store.adopt(temp, &written.digest)?;
+        let descriptor = Descriptor::new(compression.media_type(), written.digest, written.size);
+        let layer = Layer { descriptor, diff_id: written.diff_id, created_by: format!("pipeline {}", step.name) };
+        let mut record = StepRecord::new(&step.name, step.key, step.ingredients.clone(), vec![layer]);
+        record.dropped = made.dropped;
+        Ok(record)
     }
 
     /// `dependencies` and `assemble`: the source at `DESTINATION/src`, the builder's scripts.
@@ -388,7 +472,12 @@ impl Runner<'_> {
         log.script_seconds = started.elapsed().as_secs_f64();
         log.flush();
         let how = match exit {
-            Exit::Code(0) => return Ok(()),
+            Exit::Code(0) => {
+                if matches!(step.action, Action::HostPackages | Action::Host) {
+                    log.tell_warnings();
+                }
+                return Ok(());
+            }
             Exit::Code(code) => format!("exited with status {code}"),
             Exit::Signal(signal) => format!("was ended by signal {signal}"),
             Exit::TimedOut => format!("did not end within {} s", self.prepared.pipeline.build.timeout.as_secs()),
@@ -514,6 +603,8 @@ struct Log<'a> {
     finder: &'a secret::Finder,
     partial: Vec<u8>,
     last: VecDeque<String>,
+    /// What began with [`WARNING`].
+    warnings: Vec<String>,
     script_seconds: f64,
 }
 
@@ -532,6 +623,7 @@ impl<'a> Log<'a> {
             finder: runner.finder,
             partial: Vec::new(),
             last: VecDeque::new(),
+            warnings: Vec::new(),
             script_seconds: 0.0,
         })
     }
@@ -554,6 +646,9 @@ impl<'a> Log<'a> {
         // A full disk must not hide why a step failed.
         let _ = writeln!(self.file, "{line}");
         self.progress.event(Event::StepOutput { step: self.step.clone(), line: line.clone() });
+        if let Some(warning) = line.strip_prefix(WARNING) {
+            self.warnings.push(warning.into());
+        }
         self.last.push_back(line);
         if self.last.len() > LAST_LINES {
             self.last.pop_front();
@@ -564,6 +659,12 @@ impl<'a> Log<'a> {
         if !self.partial.is_empty() {
             let line = std::mem::take(&mut self.partial);
             self.line(&line);
+        }
+    }
+
+    fn tell_warnings(&mut self) {
+        for warning in std::mem::take(&mut self.warnings) {
+            self.progress.warn(warning);
         }
     }
 

@@ -1,5 +1,7 @@
 //! Moves `pipeline.lock` to today's packages and images.
 
+use std::collections::BTreeMap;
+
 use anyhow::{Context as _, Result};
 use serde::Serialize;
 
@@ -58,13 +60,16 @@ pub fn update(build: &Build<'_>, pipeline: &Pipeline, check: bool) -> Result<Upd
     let mut prepared: Prepared = prepare_unresolved(pipeline, lock.clone(), image)?;
     let installed = super::read_requests(build, &mut prepared)?;
     let mut sets = Vec::new();
-    let mut status = installed;
+    // Key of a set → the dpkg status of it and everything below it.
+    let mut stands: BTreeMap<String, String> = BTreeMap::new();
     let mut apt: Option<Apt> = None;
     for wanted in prepared.requests.clone() {
         let key = wanted.request.key();
         let old = before.sets.get(&key);
+        let mut status = wanted.request.on.as_ref().and_then(|on| stands.get(on)).unwrap_or(&installed).clone();
         let (new, text) = resolve(build, pipeline, &wanted, &status, check, &mut apt)?;
         status.push_str(&text);
+        stands.insert(key.clone(), status);
         let empty = Set { packages: Vec::new(), ..new.clone() };
         let changes = lock::diff(old.unwrap_or(&empty), &new);
         sets.push(UpdatedSet { step: wanted.step.into(), before: old.map(|set| set.resolved.clone()), changes: changes.clone() });

@@ -7,7 +7,6 @@ use serde_json::json;
 
 use super::{Global, artifact, disk, report, signals, ui};
 use crate::artifact::disk::Disk;
-use crate::artifact::store::Descriptor;
 use crate::bake::{self, Bake, Baked, Wish};
 use crate::build::base;
 use crate::disk::export::Format;
@@ -177,12 +176,4 @@ fn answer(global: &Global, baked: &Baked, files: &[Written]) -> Result<()> {
         }
         text
     })
-}
-
-/// The disk that `name` means: a pipeline's, or any in the store by name or digest.
-pub fn find(around: &ui::Surroundings, name: &str) -> Result<(String, Descriptor)> {
-    match around.store.tagged(&disk_tag(name))? {
-        Some(descriptor) => Ok((disk_tag(name), descriptor)),
-        None => artifact::find(&around.store, name),
-    }
 }

@@ -7,6 +7,7 @@ use std::path::PathBuf;
 use anyhow::{Context as _, Result};
 use rustix::termios::{OptionalActions, Termios, tcgetattr, tcsetattr};
 
+use super::bake::disk_tag;
 use super::{Global, signals, ui};
 use crate::artifact::store::Store;
 use crate::config::syntax;
@@ -14,11 +15,12 @@ use crate::error::Problem;
 use crate::progress::Progress as _;
 use crate::vm::accelerator::{self, Choice, Wanted};
 use crate::vm::boot::{self, Left};
-use crate::vm::disk::{self, DiskToBoot};
+use crate::vm::disk::{self, App, DiskToBoot};
 use crate::vm::machine::{Environment, Machine};
 use crate::vm::settings::{Board, Bus, CPUS, Card, Content, Credential, Disk, Firmware, Forward, MEMORY, Settings};
 use crate::vm::work::Folder;
 use crate::vm::{Tools, firmware};
+use crate::{artifact, bake};
 
 /// The guest's ssh.
 const SSH: u16 = 22;
@@ -119,9 +121,27 @@ fn credential(text: &str) -> Result<Credential, String> {
     Ok(Credential { name: name.into(), value })
 }
 
-/// The disk somebody named: a file, or one of the store's.
+/// The disk somebody named: a file, or one of the store's, as a raw file in the cache.
 pub fn find_disk(store: &Store, name: &str) -> Result<DiskToBoot> {
-    if disk::is_file_name(name) { disk::file(name.as_ref()) } else { disk::find(store, name) }
+    if disk::is_file_name(name) {
+        return disk::file(name.as_ref());
+    }
+    let found = match store.tagged(&disk_tag(name))? {
+        Some(descriptor) => artifact::disk::read(store, &descriptor.digest)?,
+        None => match name.parse() {
+            Ok(digest) => artifact::disk::read(store, &digest)?,
+            Err(_) => None,
+        },
+    };
+    let Some(found) = found else {
+        let base = name.split([':', '@']).next().unwrap_or(name);
+        return Err(Problem::usage(format!("the store has no disk `{name}`"))
+            .hint(format!("bake it first: `pipeline bake {base}`; a file is named with its ending, or with a `/`"))
+            .into());
+    };
+    let apps = found.config.apps.iter();
+    let apps = apps.map(|app| App { name: app.name.clone(), port: app.port, health: app.health.clone() }).collect();
+    Ok(DiskToBoot { name: name.into(), path: bake::disk::raw(store, &found)?, apps })
 }
 
 pub fn run(global: &Global, args: Args) -> Result<u8> {

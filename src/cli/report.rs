@@ -22,9 +22,10 @@ pub fn plan(steps: &[Step], found: &[Option<StepRecord>], because: &[String]) ->
     table(&rows)
 }
 
-/// `notes:latest sha256:…`.
+/// `notes:latest sha256:…`, and the host's on a line of its own.
 pub fn built(built: &Built) -> String {
-    format!("{} {}\n", built.name, built.digest)
+    let host = built.host.as_ref().map(|host| format!("{} {}\n", host.name, host.digest));
+    format!("{} {}\n", built.name, built.digest) + &host.unwrap_or_default()
 }
 
 /// Bytes for people: `12.3 MB`.

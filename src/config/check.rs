@@ -52,10 +52,18 @@ pub fn check(
     let build = checker.build(written.build.unwrap_or_default(), &root.key("build"), is_scratch);
     let configure = checker.configure(&written.configure, &root.key("configure"));
     let image = checker.image(written.image.unwrap_or_default(), &root.key("image"));
+    let host = written.host.map(|written| {
+        host::fits(checker.findings, root, is_scratch, matches!(runtime.builder, BuilderRef::Image(_)));
+        let has_image = runtime.builder != BuilderRef::None
+            || !runtime.packages.is_empty()
+            || !configure.is_empty()
+            || !image.command.is_empty();
+        checker.host(written, &root.key("host"), name.as_ref(), has_image)
+    });
     if !checker.findings.is_empty() {
         return None;
     }
-    Some(Pipeline { name: name?, file: file.into(), base: base?, runtime, source, build, configure, image, dir })
+    Some(Pipeline { name: name?, file: file.into(), base: base?, runtime, source, build, configure, image, host, dir })
 }
 
 /// Notes what `result` says is wrong at `place`.
@@ -103,6 +111,8 @@ pub(crate) fn suite(findings: &mut Findings, text: &str, place: &Place<'_>) -> O
     }
     found
 }
+
+pub mod host;
 
 struct Checker<'c> {
     dir: &'c Path,

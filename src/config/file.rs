@@ -8,6 +8,11 @@ use std::collections::BTreeMap;
 use schemars::JsonSchema;
 use serde::Deserialize;
 
+mod host;
+
+pub use host::{App, AppSettings, Disk, Firewall, Firmware, Format, Group, Host, HostFile, Initrd, Kernel, KernelFiles, Restart};
+pub use host::{Units, User};
+
 /// A pipeline: what is built, from what, and how.
 #[derive(Debug, Clone, Deserialize, JsonSchema)]
 #[serde(deny_unknown_fields)]
@@ -31,6 +36,9 @@ pub struct PipelineFile {
     /// What the image says about itself.
     #[serde(default)]
     pub image: Option<Image>,
+    /// A machine: the pipeline makes a host image too, which `pipeline bake` makes a disk of.
+    #[serde(default)]
+    pub host: Option<Host>,
 }
 
 /// Exactly one of `debian`, `image`, `oci`, `tar` and `scratch`.

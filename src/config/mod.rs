@@ -217,6 +217,7 @@ image:
                 health: Some(Health { check: HealthCheck::Http("/healthz".into()), deadline: Duration::from_secs(30) }),
                 compression: Compression::Gzip,
             },
+            host: None,
         };
         // Relative to the current folder, from below, with `..`: one result.
         for (file, cwd) in [("pipeline.yaml", root.clone()), ("../pipeline.yaml", root.join("apps"))] {
@@ -257,6 +258,7 @@ image:
                 health: None,
                 compression: Compression::Zstd,
             },
+            host: None,
         };
         assert_eq!(pipeline, expected);
     }

@@ -9,6 +9,12 @@ use std::time::Duration;
 use serde::Serialize;
 
 pub use super::file::{Compression, Network};
+pub use host::{
+    App, AppImage, Disk, FileContent, Firewall, Firmware, Format, Host, HostFile, Initrd, Kernel, Open, Protocol, Restart,
+};
+pub use host::{Units, User};
+
+mod host;
 
 /// Name of a pipeline and its image: `[a-z0-9]` and inner `.`, `_`, `-` (an OCI repository component).
 #[derive(Debug, Clone, PartialEq, Eq, PartialOrd, Ord, Hash, Serialize)]
@@ -86,6 +92,19 @@ pub struct Pipeline {
     pub build: Build,
     pub configure: Vec<Configure>,
     pub image: Image,
+    /// The machine, when the pipeline makes one.
+    pub host: Option<Host>,
+}
+
+impl Pipeline {
+    /// Whether there is an application image: not for a pipeline that only describes a machine.
+    pub fn has_image(&self) -> bool {
+        self.host.is_none()
+            || self.runtime.builder != BuilderRef::None
+            || !self.runtime.packages.is_empty()
+            || !self.configure.is_empty()
+            || !self.image.command.is_empty()
+    }
 }
 
 #[derive(Debug, Clone, PartialEq)]

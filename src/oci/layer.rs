@@ -320,7 +320,7 @@ fn copy_truncated(field: &mut [u8], bytes: &[u8]) {
 }
 
 /// One PAX record: `LENGTH KEY=VALUE\n`, where LENGTH counts itself (POSIX pax, "Extended Header").
-fn record(records: &mut Vec<u8>, key: &[u8], value: &[u8]) {
+pub(super) fn record(records: &mut Vec<u8>, key: &[u8], value: &[u8]) {
     let rest = key.len() + value.len() + 3;
     let mut length = rest + 1;
     while rest + length.to_string().len() != length {

@@ -6,4 +6,5 @@ pub mod digest;
 pub mod flatten;
 pub mod layer;
 pub mod registry;
+pub mod tree_layer;
 pub mod unpack;

@@ -9,7 +9,6 @@ use super::Tools;
 use super::command::Drive;
 use super::settings::{Content, Disk, Format};
 use super::work::Folder;
-use crate::artifact::store::Store;
 use crate::cmd::Cmd;
 use crate::error::Problem;
 
@@ -67,15 +66,6 @@ pub fn file(path: &Path) -> Result<DiskToBoot> {
         return Err(Problem::usage(format!("`{}` is a folder, not a disk", path.display())).into());
     }
     Ok(DiskToBoot { name: path.display().to_string(), path: fs_err::canonicalize(path)?, apps: Vec::new() })
-}
-
-/// The disk `name` (`NAME`, `NAME:TAG`) of the store.
-///
-/// # Errors
-/// It is not baked yet.
-pub fn find(_store: &Store, name: &str) -> Result<DiskToBoot> {
-    let base = name.split([':', '@']).next().unwrap_or(name);
-    Err(Problem::usage(format!("there is no baked disk `{name}`")).hint(format!("pipeline bake {base}")).into())
 }
 
 /// The format of the file `path`, by its first bytes. What has no mark is raw.

@@ -2,7 +2,7 @@
 
 use crate::alias::{matches, parse_aliases, parse_list};
 use crate::slots::{Slot, State, UkiName, grub_marks, grub_state};
-use crate::wording::{ForApp, app_owner, environment, for_app, is_hostname, owner};
+use crate::wording::{ForApp, app_owner, environment, filled, for_app, is_hostname, owner};
 use crate::{cmdline, grubenv, kmsg, smbios};
 
 /// As grub-editenv writes it.
@@ -238,4 +238,15 @@ fn hostnames() {
     for (name, wanted) in cases {
         assert_eq!(is_hostname(name), wanted, "{name}");
     }
+}
+
+/// Pinned: a machine keeps its name over updates.
+#[test]
+fn hostnames_of_a_pattern() {
+    let id = "0123456789abcdef0123456789abcdef";
+    let name = filled("web-????-x?", id);
+    assert!(is_hostname(&name) && name.starts_with("web-") && !name.contains('?'), "{name}");
+    assert_eq!(name, filled("web-????-x?", id));
+    assert_ne!(name, filled("web-????-x?", "1123456789abcdef0123456789abcdef"));
+    assert_eq!(filled("web", id), "web");
 }

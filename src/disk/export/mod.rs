@@ -25,7 +25,7 @@ use std::ffi::OsStr;
 use std::fmt;
 use std::fs::File;
 use std::io;
-use std::os::unix::fs::{FileExt as _, PermissionsExt as _};
+use std::os::unix::fs::{FileExt as _, MetadataExt as _, PermissionsExt as _};
 use std::path::{Path, PathBuf};
 use std::str::FromStr;
 
@@ -147,7 +147,7 @@ pub fn temporary(folder: &Path) -> Result<NamedTempFile> {
         let ours = path.file_name().is_some_and(|name| name.as_encoded_bytes().starts_with(PREFIX.as_bytes()));
         // Whoever is at work on it holds its lock.
         if ours
-            && let Ok(file) = File::open(&path)
+            && let Ok(file) = fs_err::File::open(&path)
             && flock(&file, FlockOperation::NonBlockingLockExclusive).is_ok()
         {
             let _ = fs_err::remove_file(&path);
@@ -157,9 +157,14 @@ pub fn temporary(folder: &Path) -> Result<NamedTempFile> {
     let mut builder = tempfile::Builder::new();
     // Less what the user's umask takes away.
     builder.prefix(PREFIX).permissions(std::fs::Permissions::from_mode(0o666));
-    let temporary = builder.tempfile_in(folder).with_context(|| format!("cannot make a file in `{}`", folder.display()))?;
-    flock(temporary.as_file(), FlockOperation::LockExclusive)?;
-    Ok(temporary)
+    loop {
+        let temporary = builder.tempfile_in(folder).with_context(|| format!("cannot make a file in `{}`", folder.display()))?;
+        flock(temporary.as_file(), FlockOperation::LockExclusive)?;
+        // Another process may have taken it for a leftover before it was locked.
+        if temporary.as_file().metadata()?.nlink() > 0 {
+            return Ok(temporary);
+        }
+    }
 }
 
 /// A copy whose holes are where zeros are.
