@@ -6,7 +6,7 @@ mod fixture;
 
 use std::path::{Path, PathBuf};
 
-use common::{Project, User, me, tool, users};
+use common::{Project, me, tool, users};
 use fixture::{KERNEL, host, layer, project};
 use pipeline::cmd::Cmd;
 use pipeline::oci::digest::Digest;
@@ -56,8 +56,11 @@ fn anybody_bakes_the_same_disk_with_nothing_but_qemu_img() {
     for user in users() {
         let project = project(user, "tiny", &[layer(&host())]);
         let path = only_qemu_img(&project);
-        let answer =
-            project.pipeline(&["bake", "tiny", "--json", "--format", "raw,qcow2,vmdk,vhd,gce"]).env("PATH", &path).ok().json();
+        let answer = project
+            .pipeline(&["bake", "tiny", "--json", "--format", "raw,qcow2,vmdk,vhd,gce"])
+            .wrap(&["/usr/bin/env", &format!("PATH={}", path.display())])
+            .ok()
+            .json();
         let files: Vec<Digest> = ["raw", "qcow2", "vmdk", "vhd", "tar.gz"]
             .iter()
             .map(|ending| digest(&project.path(&format!("out/tiny.{ending}"))))
@@ -186,8 +189,8 @@ fn what_is_not_there_is_said() {
         .pipeline(&["bake", "kernel", "--format", "iso"])
         .run()
         .code(2)
-        .says("`iso` is no format of a disk")
-        .says("raw, qcow2, vmdk, vhd and gce");
+        .says("`iso` is not a disk format")
+        .says("formats are raw, qcow2, vmdk, vhd, gce");
     project.assert_clean();
 }
 
