@@ -6,6 +6,7 @@
 //!   prepare                              makes its volumes on /var before it starts
 //!   root/                                the image's tree; every owner is uid_base + owner
 //! /usr/lib/systemd/system/app-NAME.service          templates/app.service.tera
+//! /usr/lib/systemd/system/app-NAME-prepare.service  runs `prepare`
 //! /usr/lib/systemd/system/app-NAME-health.service   before boot-complete.target, when it has a check
 //! ```
 //! `/etc/passwd` and `/etc/group` of the tree name the moved ids, so that the program finds itself.
@@ -85,7 +86,8 @@ impl AppInput {
 }
 
 /// The names of templates that go into an app's layer.
-pub const TEMPLATES: [&str; 3] = ["app.service.tera", "app-health.service.tera", "app-prepare.sh.tera"];
+pub const TEMPLATES: [&str; 4] =
+    ["app.service.tera", "app-health.service.tera", "app-prepare.service.tera", "app-prepare.sh.tera"];
 
 /// Ranges of user ids for `apps`, in the order of their names: the one that is written, or one made of
 /// the name. A range that is taken moves on to the next free one.
@@ -209,6 +211,8 @@ pub fn layer<W: Write>(input: &AppInput, mut tree: Tree, config: &RunConfig, epo
     let prefix = format!("{top}/root");
     let place = Place { prefix: &prefix, id_base: input.uid_base, id_count: UID_COUNT };
     let dropped = writer.tree(&tree, &place).with_context(|| format!("cannot write the tree of app `{name}`"))?;
+    let prepare = template::render("app-prepare.service.tera", &values)?;
+    writer.file(&format!("{UNITS}/app-{name}-prepare.service"), 0o644, epoch, prepare.as_bytes())?;
     let mut unit = |unit: String, folder: &str, text: String| -> Result<()> {
         writer.file(&format!("{UNITS}/{unit}"), 0o644, epoch, text.as_bytes())?;
         writer.symlink(&format!("{UNITS}/{folder}/{unit}"), &format!("../{unit}"), epoch)

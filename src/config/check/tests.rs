@@ -285,3 +285,121 @@ fn what_becomes_of_paths_and_references() {
     };
     assert_eq!(source("{ git: 'git@x.example:y.git', ref: 1.10, dir: ./a/b, submodules: false }"), git);
 }
+
+#[test]
+fn hosts() {
+    let (_keep, file) = folder();
+    let dir = file.parent().unwrap();
+    fs_err::write(dir.join("notes.yaml"), "name: notes\nbase: { debian: trixie }\nruntime: { builder: python }\n").unwrap();
+    let key = "ssh-ed25519 AAAAC3NzaC1lZDI1NTE5AAAAIAAAAAAAAAAAAAAAAAAAAAAAAAAAAAAAAAAAAAAAAAAA ada";
+    let good = format!(
+        "host:\n  packages: [openssh-server]\n  kernel: linux-image-cloud-amd64\n  modules: [all, nf_tables]\n  arguments: [quiet]\n  \
+         users: {{ ada: {{ uid: 1000, groups: [sudo], ssh_keys: ['{key}'] }} }}\n  groups: {{ ops: {{ gid: 900 }} }}\n  \
+         files: [{{ path: /etc/motd, content: x }}, {{ path: /usr/bin/t, source: tune.sh, mode: '0755', owner: 'ada:ops' }}]\n  \
+         units: {{ enable: [ssh.service, getty@tty2.service], mask: [apt-daily.timer] }}\n  sysctl: {{ net.ipv4.ip_forward: 1 }}\n  \
+         timezone: Europe/Berlin\n  hostname: web-????\n  firewall: {{ allow: [22, 53/udp, 8000-8010] }}\n  \
+         apps: [notes, 'x:1', {{ image: notes, name: two, port: 81, memory: 64M, cpus: 0.5, uid: 524288 }}]\n  \
+         disk: {{ size: 8G, slot: auto, formats: [qcow2], firmware: [uefi] }}"
+    );
+    assert_eq!(wrong(&file, &good), [""; 0]);
+    let cases: [(&str, &str); 34] = [
+        (
+            "base: { scratch: true }\nhost: {}",
+            "1:9 a host needs a system to stand on, and `scratch` has none | take `debian: trixie` as the base",
+        ),
+        (
+            "runtime: { image: x }\nhost: {}",
+            "1:12 a builder image takes the place of the base, so no host can stand on it | make the app a pipeline of its own, and name it in `host.apps`",
+        ),
+        (
+            "host: { kernel: bash }",
+            "1:17 `bash` is not a kernel | a kernel's name begins with `linux-image-`, like `linux-image-amd64`",
+        ),
+        (
+            "host: { kernel: ./bzImage }",
+            "1:17 `./bzImage` is not the name of a Debian package | for files write `kernel: { path: ./bzImage, modules: … }`",
+        ),
+        (
+            "host: { packages: [linux-image-cloud-amd64] }",
+            "1:20 `linux-image-cloud-amd64` would be a second kernel, and a host has one | name the one you want: `kernel: linux-image-cloud-amd64` below `host`",
+        ),
+        ("host: { arguments: ['a b'] }", "1:21 `a b` is not a kernel argument | one argument per item"),
+        ("host: { arguments: ['root=/dev/sda'] }", "1:21 the kernel argument `root` cannot be changed | the bake sets it"),
+        (
+            "host: { modules: ['nf tables'] }",
+            "1:19 `nf tables` is not the name of a kernel module | like `nf_tables`; `all` keeps every module",
+        ),
+        ("host: { users: { root: {} } }", "1:18 `root` is there already | its keys are `ssh_keys` of the host"),
+        (
+            "host: { users: { Ada: {} } }",
+            "1:18 `Ada` is not the name of a user | lower case letters, digits, `_` and `-`, no digit first",
+        ),
+        ("host: { users: { a: { uid: 5 }, b: { uid: 5 } } }", "1:43 user `a` has the same id"),
+        (
+            "host: { groups: { 9: {} } }",
+            "1:19 `9` is not the name of a group | lower case letters, digits, `_` and `-`, no digit first",
+        ),
+        ("host: { ssh_keys: [abc] }", "1:20 `abc` is not a public ssh key | one line, like `ssh-ed25519 AAAA… name`"),
+        (
+            "host: { ssh_keys: ['BEGIN OPENSSH PRIVATE KEY'] }",
+            "1:20 this is a private key | write the public one, from the file that ends with `.pub`",
+        ),
+        ("host: { files: [{ path: /etc/x }] }", "1:17 a file needs one of `content` and `source`"),
+        (
+            "host: { files: [{ path: /run/x, content: x }] }",
+            "1:25 `/run` is empty when the machine starts | a rule in /etc/tmpfiles.d makes a file there when the machine starts",
+        ),
+        ("host: { files: [{ path: etc, content: x }] }", "1:25 `etc` is not an absolute path in the image | it begins with `/`"),
+        (
+            "host: { files: [{ path: /x, content: x, mode: '9' }] }",
+            "1:47 `9` is not a mode | three or four octal digits, like \"0644\"",
+        ),
+        (
+            "host: { files: [{ path: /x, content: x, owner: 'A:b' }] }",
+            "1:48 `A:b` is not an owner | `USER:GROUP`, names or numbers",
+        ),
+        ("host: { units: { enable: [ssh] } }", "1:27 `ssh` does not say what kind of unit it is | like `ssh.service`"),
+        ("host: { units: { enable: [a.service], mask: [a.service] } }", "1:46 `a.service` is in `enable` already"),
+        (
+            "host: { sysctl: { ip_forward: 1 } }",
+            "1:19 `ip_forward` is not the name of a kernel setting | like `net.ipv4.ip_forward`",
+        ),
+        ("host: { timezone: '/x' }", "1:19 `/x` is not a time zone | like `Europe/Berlin` or `UTC`"),
+        (
+            "host: { hostname: Web_1 }",
+            "1:19 `Web_1` is not the name of a machine | lower case letters, digits and `-`; each `?` becomes a digit made of the machine-id, like `web-????`",
+        ),
+        ("host: { firewall: { allow: [http] } }", "1:29 `http` is not a port | like `22`, `53/udp` or `8000-8010`"),
+        ("host: { firewall: { allow: [9-8] } }", "1:29 `9-8` is not a port | like `22`, `53/udp` or `8000-8010`"),
+        ("host: { apps: [notse] }", "1:16 there is no pipeline `notse` | did you mean `notes`?"),
+        (
+            "host: { apps: [a] }",
+            "1:16 `a` is this pipeline, which makes no application image | it needs a `runtime` for that, or name another pipeline",
+        ),
+        (
+            "host: { apps: [notes, notes] }",
+            "1:23 there is another app `notes` | give one of them another name: `{ image: …, name: … }`",
+        ),
+        (
+            "host: { apps: [{ image: 'x:1', port: 80 }, { image: 'y:1', port: 80 }] }",
+            "1:66 the apps `x` and `y` have the same port",
+        ),
+        (
+            "host: { apps: ['ssh:1'] }",
+            "1:16 `/var/lib/ssh` is the system's, so no app can be called `ssh` | give the app another name: `{ image: …, name: … }`",
+        ),
+        (
+            "host: { apps: [{ image: 'x:1', uid: 1000 }] }",
+            "1:37 1000 does not begin a range of user ids | a multiple of 65536 from 524288 to 1878982656",
+        ),
+        ("host: { apps: [{ image: 'x:1', cpus: 0 }] }", "1:38 0 is not a number of processors | like `0.5` or `2`"),
+        (
+            "host: { disk: { size: 1G, slot: 1G } }",
+            "1:33 two slots of this size do not fit on the disk | the disk holds two slots, the boot partition and /var",
+        ),
+    ];
+    for (lines, expected) in cases {
+        assert_eq!(wrong(&file, lines), [expected], "{lines}");
+    }
+    assert_eq!(wrong(&file, "host: { pakages: [] }"), ["1:9 unknown key `pakages` | did you mean `packages`?"]);
+}
