@@ -6,7 +6,7 @@ SHELL := /bin/bash
 .PHONY: help setup build demo test bench lint
 
 help:
-	@echo 'make demo    set up, build pipelines/notes.yaml, run it, fetch a page, stop it'
+	@echo 'make demo    set up, build and run the notes image, bake and boot the appliance, fetch a page of each'
 	@echo 'make test    set up, run all tests'
 	@echo 'make bench   set up, measure, write docs/benchmarks.md'
 	@echo 'make lint    formatting and clippy'

@@ -315,9 +315,14 @@ impl Store {
 
     /// Makes a written temporary file the blob `digest`.
     pub fn adopt(&self, temp: tempfile::NamedTempFile, digest: &Digest) -> Result<()> {
-        temp.as_file().set_permissions(std::fs::Permissions::from_mode(0o644))?;
         fault::point("sync a blob");
         temp.as_file().sync_all().with_context(|| format!("cannot sync `{}`", temp.path().display()))?;
+        self.adopt_synced(temp, digest)
+    }
+
+    /// The same for a file that is on the disk already.
+    pub fn adopt_synced(&self, temp: tempfile::NamedTempFile, digest: &Digest) -> Result<()> {
+        temp.as_file().set_permissions(std::fs::Permissions::from_mode(0o644))?;
         let path = self.blob(digest);
         fault::point("rename a blob");
         temp.persist(&path).map_err(|error| error.error).with_context(|| format!("cannot write `{}`", path.display()))?;

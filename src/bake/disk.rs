@@ -14,7 +14,8 @@ use anyhow::{Context as _, Result};
 use super::Bake;
 use super::esp::{self, Slot};
 use super::identity::Identity;
-use crate::artifact::disk::{Disk, Part};
+use super::parts::Files;
+use crate::artifact::disk::{Config, Disk, Part};
 use crate::artifact::store::Store;
 use crate::disk::export::{self, Export, Format};
 use crate::disk::fat::{self, Content, Entry};
@@ -26,6 +27,13 @@ use crate::disk::table::{Role, SECTOR};
 const ESP_LABEL: &str = "ESP";
 /// Generation of a disk as it is shipped.
 const FIRST: u32 = 1;
+
+/// A disk as far as its bytes follow from it.
+#[derive(Debug, Clone, Copy)]
+pub struct Described<'a> {
+    pub config: &'a Config,
+    pub files: &'a Files,
+}
 
 /// A disk's ends, for exports: temporary files that go with this value.
 #[derive(Debug)]
@@ -39,20 +47,21 @@ struct Ends {
 }
 
 /// Writes `disk` to `path` in `format`; the file appears under its name when it is whole.
-pub fn export(bake: &Bake<'_>, disk: &Disk, format: Format, path: &Path) -> Result<()> {
+pub fn export(bake: &Bake<'_>, disk: &Described<'_>, format: Format, path: &Path) -> Result<()> {
     let dir = path.parent().filter(|dir| !dir.as_os_str().is_empty()).unwrap_or(Path::new("."));
     let how = |pieces: &[&Path]| {
-        let request = Export { pieces, digest: disk.digest.bytes(), threads: bake.threads, path: bake.path };
+        let digest = Identity::of(&[&disk.config.disk_guid]).bytes("export");
+        let request = Export { pieces, digest: &digest, threads: bake.threads, path: bake.path };
         export::export(&request, format, path)
     };
     if format == Format::Qcow2 {
         // The large parts are read where they are.
-        let ends = ends(bake.store, disk, dir)?;
-        let (root, verity) = (bake.store.blob(&disk.part(Part::Root)?.digest), bake.store.blob(&disk.part(Part::Verity)?.digest));
-        return how(&[ends.head.path(), &root, ends.gap.path(), &verity, ends.tail.path()]);
+        let ends = ends(disk, dir)?;
+        let (root, verity) = (disk.files.path(Part::Root)?, disk.files.path(Part::Verity)?);
+        return how(&[ends.head.path(), root, ends.gap.path(), verity, ends.tail.path()]);
     }
     let raw = export::temporary(dir)?;
-    write(bake.store, disk, raw.as_file())?;
+    write(disk, raw.as_file())?;
     if format == Format::Raw {
         crate::fault::point("rename an export");
         raw.persist(path).map_err(|error| error.error).with_context(|| format!("cannot write `{}`", path.display()))?;
@@ -61,18 +70,18 @@ pub fn export(bake: &Bake<'_>, disk: &Disk, format: Format, path: &Path) -> Resu
     how(&[raw.path()])
 }
 
-fn ends(store: &Store, disk: &Disk, dir: &Path) -> Result<Ends> {
+fn ends(disk: &Described<'_>, dir: &Path) -> Result<Ends> {
     let layout = &disk.config.table;
     let (root, verity) = (layout.partition(Role::RootA), layout.partition(Role::VerityA));
-    let gpt = table(disk)?;
+    let gpt = table(disk.config)?;
     let ends = Ends { head: export::temporary(dir)?, gap: export::temporary(dir)?, tail: export::temporary(dir)? };
     let head = ends.head.as_file();
     head.set_len(root.offset())?;
     head.write_all_at(&gpt.primary()?, 0).context("cannot write the partition table")?;
-    boot_files(store, disk, head)?;
-    let root_end = root.offset() + disk.part(Part::Root)?.size;
+    boot_files(disk, head)?;
+    let root_end = root.offset() + disk.files.size(Part::Root)?;
     ends.gap.as_file().set_len(verity.offset() - root_end)?;
-    let verity_end = verity.offset() + disk.part(Part::Verity)?.size;
+    let verity_end = verity.offset() + disk.files.size(Part::Verity)?;
     let tail = layout.bytes() - verity_end;
     ends.tail.as_file().set_len(tail)?;
     let backup = gpt.backup()?;
@@ -89,31 +98,31 @@ pub fn raw(store: &Store, disk: &Disk) -> Result<PathBuf> {
         return Ok(path);
     }
     let temp = export::temporary(&dir)?;
-    write(store, disk, temp.as_file())?;
+    write(&Described { config: &disk.config, files: &Files::of(store, disk) }, temp.as_file())?;
     crate::fault::point("rename a raw disk");
     temp.persist(&path).map_err(|error| error.error).with_context(|| format!("cannot write `{}`", path.display()))?;
     Ok(path)
 }
 
 /// Writes the whole raw disk into `out`, an empty file; it is sparse.
-pub fn write(store: &Store, disk: &Disk, out: &File) -> Result<()> {
+pub fn write(disk: &Described<'_>, out: &File) -> Result<()> {
     out.set_len(disk.config.table.bytes())?;
-    table(disk)?.write(out).context("cannot write the partition table")?;
-    boot_files(store, disk, out)?;
+    table(disk.config)?.write(out).context("cannot write the partition table")?;
+    boot_files(disk, out)?;
     for (part, role) in [(Part::Root, Role::RootA), (Part::Verity, Role::VerityA)] {
-        copy(store, disk, part, out, disk.config.table.partition(role).offset())?;
+        copy(disk.files, part, out, disk.config.table.partition(role).offset())?;
     }
     Ok(())
 }
 
 /// Writes the GRUB area and the ESP.
-fn boot_files(store: &Store, disk: &Disk, out: &File) -> Result<()> {
+fn boot_files(disk: &Described<'_>, out: &File) -> Result<()> {
     let bios = disk.config.table.partition(Role::Bios);
-    if let (Some(boot), Some(core)) = (disk.parts.get(&Part::GrubBoot), disk.parts.get(&Part::GrubCore)) {
-        grub::install(out, &store.read(&boot.digest)?, &store.read(&core.digest)?, bios.start, bios.sectors)?;
+    if disk.files.has(Part::GrubCore) {
+        grub::install(out, &disk.files.read(Part::GrubBoot)?, &disk.files.read(Part::GrubCore)?, bios.start, bios.sectors)?;
     }
     let partition = disk.config.table.partition(Role::Esp);
-    let entries = esp_entries(store, disk)?;
+    let entries = esp_entries(disk)?;
     let format = fat::Format {
         bytes: partition.bytes(),
         label: ESP_LABEL.into(),
@@ -125,10 +134,9 @@ fn boot_files(store: &Store, disk: &Disk, out: &File) -> Result<()> {
 }
 
 /// Copies a part into `out`, in the kernel.
-pub(super) fn copy(store: &Store, disk: &Disk, part: Part, out: &File, offset: u64) -> Result<()> {
-    let descriptor = disk.part(part)?;
-    let file = fs_err::File::open(store.blob(&descriptor.digest))?;
-    let (mut from, mut to, end) = (0, offset, descriptor.size);
+pub(super) fn copy(files: &Files, part: Part, out: &File, offset: u64) -> Result<()> {
+    let file = fs_err::File::open(files.path(part)?)?;
+    let (mut from, mut to, end) = (0, offset, files.size(part)?);
     while from < end {
         let length = usize::try_from(end - from).unwrap_or(usize::MAX);
         let copied = match rustix::fs::copy_file_range(&file, Some(&mut from), out, Some(&mut to), length) {
@@ -144,14 +152,13 @@ pub(super) fn copy(store: &Store, disk: &Disk, part: Part, out: &File, offset: u
             }
             Err(error) => return Err(error).with_context(|| format!("cannot copy `{}`", part.name())),
         };
-        anyhow::ensure!(copied > 0, "`{}` of the store ends early", part.name());
+        anyhow::ensure!(copied > 0, "`{}` ends early", part.name());
     }
     Ok(())
 }
 
 /// The partition table in UEFI's form.
-pub fn table(disk: &Disk) -> Result<Gpt> {
-    let config = &disk.config;
+pub fn table(config: &Config) -> Result<Gpt> {
     let mut root_hash = [0; 32];
     hex::decode_to_slice(&config.root_hash, &mut root_hash).context("the disk's root hash")?;
     let disk_guid: Guid = config.disk_guid.parse().map_err(anyhow::Error::msg)?;
@@ -179,25 +186,24 @@ pub fn table(disk: &Disk) -> Result<Gpt> {
 }
 
 /// Files of the ESP as it is shipped: slot A, already good.
-fn esp_entries(store: &Store, disk: &Disk) -> Result<Vec<Entry>> {
-    let from_store = |path: String, part: Part| -> Result<Entry> {
-        let descriptor = disk.part(part)?;
-        let file = fs_err::File::open(store.blob(&descriptor.digest))?.into_file();
-        Ok(Entry { path, content: Some(Content::Range { file: Arc::new(file), offset: 0, length: descriptor.size }) })
+fn esp_entries(disk: &Described<'_>) -> Result<Vec<Entry>> {
+    let whole = |path: String, part: Part| -> Result<Entry> {
+        let file = fs_err::File::open(disk.files.path(part)?)?.into_file();
+        Ok(Entry { path, content: Some(Content::Range { file: Arc::new(file), offset: 0, length: disk.files.size(part)? }) })
     };
     let mut entries = vec![
-        from_store("/EFI/BOOT/BOOTX64.EFI".into(), Part::Loader)?,
-        from_store("/EFI/systemd/systemd-bootx64.efi".into(), Part::Loader)?,
-        from_store(esp::uki_path(FIRST, Slot::A, None), Part::Uki)?,
+        whole("/EFI/BOOT/BOOTX64.EFI".into(), Part::Loader)?,
+        whole("/EFI/systemd/systemd-bootx64.efi".into(), Part::Loader)?,
+        whole(esp::uki_path(FIRST, Slot::A, None), Part::Uki)?,
         Entry::bytes("/loader/loader.conf", esp::LOADER_CONF.as_bytes()),
     ];
-    if disk.parts.contains_key(&Part::GrubCore) {
+    if disk.files.has(Part::GrubCore) {
         let folder = esp::slot_folder(Slot::A);
         entries.extend([
             Entry::bytes("/grub/grub.cfg", grub::CONFIGURATION.as_bytes()),
             Entry::bytes("/grub/grubenv", grub::Environment::shipped().render()?),
-            from_store(format!("{folder}/vmlinuz"), Part::Kernel)?,
-            from_store(format!("{folder}/initrd"), Part::Initrd)?,
+            whole(format!("{folder}/vmlinuz"), Part::Kernel)?,
+            whole(format!("{folder}/initrd"), Part::Initrd)?,
             Entry::bytes(format!("{folder}/cmdline.cfg"), esp::cmdline_cfg(&disk.config.cmdline).into_bytes()),
         ]);
     }

@@ -72,6 +72,13 @@ pub struct Wishes {
     pub firmware: Vec<String>,
 }
 
+impl Wishes {
+    /// Whether the disk is to start from this firmware.
+    pub fn wants(&self, firmware: &str) -> bool {
+        self.firmware.is_empty() || self.firmware.iter().any(|name| name == firmware)
+    }
+}
+
 /// Everything a bake needs to know of the tree.
 #[derive(Debug, Clone)]
 pub struct Host {

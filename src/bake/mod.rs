@@ -12,12 +12,11 @@ pub mod host;
 pub mod identity;
 pub mod initrd;
 pub mod modules;
+pub mod parts;
 pub mod plan;
 pub mod slot;
 
-use std::collections::BTreeMap;
 use std::ffi::OsStr;
-use std::io::Write as _;
 use std::sync::{Mutex, PoisonError};
 use std::time::Instant;
 
@@ -38,9 +37,10 @@ use crate::disk::verity::{self, Salted};
 use crate::oci::digest::{Digest, Hasher};
 use crate::oci::flatten::flatten;
 use crate::progress::Progress;
-pub use disk::export;
+pub use disk::{Described, export};
 use host::{Host, Initrd};
 use identity::Identity;
+use parts::{Files, Parts, Settling};
 
 /// Goes up when the same host would give other bytes.
 const VERSION: &str = "bake 1";
@@ -76,7 +76,25 @@ pub struct Wish {
     pub previous: Option<Disk>,
 }
 
-/// The answer of [`bake`].
+/// A disk whose parts are all written, or were there before.
+#[derive(Debug)]
+pub struct Baking {
+    /// `NAME:TAG.disk`.
+    pub name: String,
+    pub config: Config,
+    state: State,
+    key: Digest,
+    started: Instant,
+    phases: Vec<(&'static str, f64)>,
+}
+
+#[derive(Debug)]
+enum State {
+    There(Box<Disk>, Files),
+    Made(Settling),
+}
+
+/// The answer of a bake.
 #[derive(Debug, Clone)]
 pub struct Baked {
     /// `NAME:TAG.disk`.
@@ -84,9 +102,38 @@ pub struct Baked {
     pub disk: Disk,
     /// Whether it was in the store already.
     pub cached: bool,
+    /// From the start to the end, exports included.
     pub seconds: f64,
     /// Seconds of each phase.
     pub phases: Vec<(&'static str, f64)>,
+}
+
+impl Baking {
+    /// What exports are made from.
+    pub fn described(&self) -> Described<'_> {
+        let files = match &self.state {
+            State::There(_, files) => files,
+            State::Made(settling) => settling.files(),
+        };
+        Described { config: &self.config, files }
+    }
+
+    /// Waits until everything is on the disk, records and tags it.
+    pub fn finish(mut self, store: &Store) -> Result<Baked> {
+        let exported = Instant::now();
+        let (disk, cached) = match self.state {
+            State::There(disk, _) => (*disk, true),
+            State::Made(settling) => {
+                let parts = settling.finish(store)?;
+                let descriptor = artifact::write(store, &self.config, &parts)?;
+                remember(store, &self.key, &descriptor.digest)?;
+                (artifact::read(store, &descriptor.digest)?.context("a disk")?, false)
+            }
+        };
+        tag_disk(store, &self.name, &disk.digest)?;
+        self.phases.push(("record", exported.elapsed().as_secs_f64()));
+        Ok(Baked { name: self.name, disk, cached, seconds: self.started.elapsed().as_secs_f64(), phases: self.phases })
+    }
 }
 
 /// The partition table a bake would make, and warnings.
@@ -98,14 +145,14 @@ pub fn plan_of(bake: &Bake<'_>, wish: &Wish) -> Result<(Table, Vec<String>)> {
     Ok(plan::table(&sizes(wish, &host, plan.blocks(), &initrd.bytes)?)?)
 }
 
-/// Bakes a disk and tags it.
-pub fn bake(bake: &Bake<'_>, wish: &Wish) -> Result<Baked> {
+/// Makes the parts of a disk, or finds them; [`Baking::finish`] puts them into the store.
+pub fn bake(bake: &Bake<'_>, wish: &Wish) -> Result<Baking> {
     let started = Instant::now();
-    let tag = format!("{}.disk", wish.name);
+    let name = format!("{}.disk", wish.name);
     let key = key(wish);
     if let Some(disk) = remembered(bake.store, &key)? {
-        tag_disk(bake.store, &tag, &disk.digest)?;
-        return Ok(Baked { name: tag, disk, cached: true, seconds: started.elapsed().as_secs_f64(), phases: Vec::new() });
+        let (config, files) = (disk.config.clone(), Files::of(bake.store, &disk));
+        return Ok(Baking { name, config, state: State::There(Box::new(disk), files), key, started, phases: Vec::new() });
     }
     let mut clock = Clock { last: Instant::now(), phases: Vec::new() };
     let (tree, host) = read_tree(bake, wish)?;
@@ -113,38 +160,42 @@ pub fn bake(bake: &Bake<'_>, wish: &Wish) -> Result<Baked> {
     let previous = previous_layout(bake.store, wish)?;
     let plan = erofs::plan(&tree, previous.as_ref(), bake.threads)?;
     let initrd = initrd::initrd(&tree, &host)?;
-    for name in &initrd.missing {
-        bake.progress.warn(format!("the kernel {} has no module `{name}`, which the initrd was to hold", host.kernel));
-    }
-    if host.grub.is_none() {
-        bake.progress.warn("the tree has no GRUB in /usr/lib/pipeline/boot/grub, so the disk boots by UEFI only".into());
-    }
     let (table, warnings) = plan::table(&sizes(wish, &host, plan.blocks(), &initrd.bytes)?)?;
-    for warning in warnings {
+    for warning in warnings.into_iter().chain(missing(&host, &initrd)) {
         bake.progress.warn(warning);
     }
     clock.phase("plan");
-    let mut parts = BTreeMap::new();
+    let mut parts = Parts::default();
     let root = write_root(bake, wish, &tree, &plan, &mut parts)?;
     clock.phase("write root");
     let root_hash = hex::encode(root.hash);
     let cmdline = esp::cmdline(&root_hash, &host.file.arguments);
-    put(bake.store, &mut parts, Part::Uki, &unified(&host, &initrd.bytes, &cmdline)?)?;
-    put(bake.store, &mut parts, Part::Kernel, &host.vmlinuz)?;
-    put(bake.store, &mut parts, Part::Initrd, &initrd.bytes)?;
-    put(bake.store, &mut parts, Part::Loader, &host.loader)?;
-    if let Some((boot, core)) = &host.grub {
-        put(bake.store, &mut parts, Part::GrubBoot, boot)?;
-        put(bake.store, &mut parts, Part::GrubCore, core)?;
+    let uki = unified(&host, &initrd.bytes, &cmdline)?;
+    for (part, bytes) in
+        [(Part::Uki, &uki), (Part::Kernel, &host.vmlinuz), (Part::Initrd, &initrd.bytes), (Part::Loader, &host.loader)]
+    {
+        parts.put(bake.store, part, bytes)?;
     }
-    let identity = Identity::of(&[&root_hash, &parts[&Part::Uki].0.to_string(), &serde_json::to_string(&table)?]);
+    if let Some((boot, core)) = &host.grub {
+        parts.put(bake.store, Part::GrubBoot, boot)?;
+        parts.put(bake.store, Part::GrubCore, core)?;
+    }
+    let identity = Identity::of(&[&root_hash, &Digest::of(&uki).to_string(), &serde_json::to_string(&table)?]);
     let config = config(wish, &host, &root, table, cmdline, &identity);
-    let descriptor = artifact::write(bake.store, &config, &parts)?;
-    bake.store.tag(&tag, &descriptor)?;
-    remember(bake.store, &key, &descriptor.digest)?;
+    let state = State::Made(parts.settle()?);
     clock.phase("boot files");
-    let disk = artifact::read(bake.store, &descriptor.digest)?.context("a disk")?;
-    Ok(Baked { name: tag, disk, cached: false, seconds: started.elapsed().as_secs_f64(), phases: clock.phases })
+    Ok(Baking { name, config, state, key, started, phases: clock.phases })
+}
+
+/// What the disk will lack, in words.
+fn missing(host: &Host, initrd: &initrd::Made) -> Vec<String> {
+    let modules = initrd.missing.iter();
+    let mut words: Vec<String> =
+        modules.map(|name| format!("the kernel {} has no module `{name}`, which the initrd was to hold", host.kernel)).collect();
+    if host.grub.is_none() && host.file.disk.wants("bios") {
+        words.push("the tree has no GRUB in /usr/lib/pipeline/boot/grub, so the disk boots by UEFI only".into());
+    }
+    words
 }
 
 /// How long each phase took.
@@ -165,7 +216,10 @@ impl Clock {
 fn read_tree(bake: &Bake<'_>, wish: &Wish) -> Result<(Tree, Host)> {
     let blobs = contents::blobs(bake.store, &wish.host)?;
     let mut tree = flatten(&blobs, &bake.store.temp_dir(), bake.threads)?;
-    let host = host::host(&tree)?;
+    let mut host = host::host(&tree)?;
+    if !host.file.disk.wants("bios") {
+        host.grub = None;
+    }
     host::complete(&mut tree, epoch(bake.store, &wish.host)?);
     Ok((tree, host))
 }
@@ -207,13 +261,7 @@ struct Root {
 }
 
 /// Writes root image, hash tree, block index and layout into the store.
-fn write_root(
-    bake: &Bake<'_>,
-    wish: &Wish,
-    tree: &Tree,
-    plan: &erofs::Plan,
-    parts: &mut BTreeMap<Part, (Digest, u64)>,
-) -> Result<Root> {
+fn write_root(bake: &Bake<'_>, wish: &Wish, tree: &Tree, plan: &erofs::Plan, parts: &mut Parts) -> Result<Root> {
     let layers = image::layers(bake.store, &wish.host)?;
     let diff_ids: Vec<String> = layers.iter().map(|layer| layer.diff_id.to_string()).collect();
     // From content and places, not from what was there before: the same disk twice has the same salt.
@@ -237,14 +285,12 @@ fn write_root(
     let written = erofs::write(tree, plan, &header, &target).context("cannot write the root image")?;
     let (leaves, blocks) = digests.into_inner().unwrap_or_else(PoisonError::into_inner);
     let (area, hash) = verity::tree(&leaves, &salt, identity.uuid("verity"));
-    let (digest, size) = Digest::of_reader(&mut fs_err::File::open(temp.path())?)?;
-    bake.store.adopt(temp, &digest)?;
-    parts.insert(Part::Root, (digest, size));
-    put(bake.store, parts, Part::Verity, &area)?;
-    put(bake.store, parts, Part::Index, &Index { blocks }.render())?;
+    parts.add(Part::Root, temp);
+    parts.put(bake.store, Part::Verity, &area)?;
+    parts.put(bake.store, Part::Index, &Index { blocks }.render())?;
     let layout = zstd::encode_all(&serde_json::to_vec(&written.layout)?[..], LAYOUT_LEVEL)?;
-    put(bake.store, parts, Part::Layout, &layout)?;
-    Ok(Root { hash, salt, bytes: size, epoch })
+    parts.put(bake.store, Part::Layout, &layout)?;
+    Ok(Root { hash, salt, bytes: written.size, epoch })
 }
 
 /// When the host image was made, seconds since 1970, as its manifest says.
@@ -253,17 +299,6 @@ fn epoch(store: &Store, host: &Digest) -> Result<i64> {
     let created = manifest.annotations.get("org.opencontainers.image.created");
     let time = created.and_then(|text| text.parse::<jiff::Timestamp>().ok());
     Ok(time.map_or(crate::build::plan::FIXED_EPOCH, jiff::Timestamp::as_second))
-}
-
-fn put(store: &Store, parts: &mut BTreeMap<Part, (Digest, u64)>, part: Part, bytes: &[u8]) -> Result<()> {
-    let digest = Digest::of(bytes);
-    if !store.has(&digest, bytes.len() as u64) {
-        let mut temp = store.temp()?;
-        temp.write_all(bytes).with_context(|| format!("cannot write `{}`", temp.path().display()))?;
-        store.adopt(temp, &digest)?;
-    }
-    parts.insert(part, (digest, bytes.len() as u64));
-    Ok(())
 }
 
 fn config(wish: &Wish, host: &Host, root: &Root, table: Table, cmdline: String, identity: &Identity) -> Config {

@@ -10,6 +10,7 @@ use anyhow::{Context as _, Result};
 
 use super::disk;
 use super::esp::{self, Slot};
+use super::parts::Files;
 use crate::artifact::disk::{Disk, Part};
 use crate::artifact::store::Store;
 use crate::disk::fat::Volume;
@@ -64,7 +65,7 @@ pub fn install(store: &Store, disk: &Disk, raw: &File, slot: Slot, tries: u32) -
     {
         let number = table.partition(role).number;
         let partition = gpt.partitions.iter_mut().find(|partition| partition.number == number).context("a slot's partition")?;
-        disk::copy(store, disk, part, raw, partition.first * SECTOR)?;
+        disk::copy(&Files::of(store, disk), part, raw, partition.first * SECTOR)?;
         (partition.id, partition.name) = (id, name);
     }
     gpt.write(raw).context("cannot write the partition table")?;

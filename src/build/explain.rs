@@ -15,6 +15,22 @@ use crate::oci::digest::Digest;
 /// Differences named in one line.
 const NAMED: usize = 3;
 
+/// Kinds of ingredients whose names stand in backticks.
+const KINDS: [&str; 12] = [
+    "package",
+    "variable",
+    "builder variable",
+    "s2i variable",
+    "builder script",
+    "secret",
+    "playbook",
+    "image",
+    "app",
+    "file",
+    "script",
+    "template",
+];
+
 /// One step of [`explain`].
 #[derive(Debug, Clone, PartialEq, Serialize)]
 pub struct Explained {
@@ -155,10 +171,7 @@ fn changed(name: &str, old: &str, new: &str) -> String {
 /// ``package `python3` ``: the kind in words, the name in backticks.
 fn quoted(name: &str) -> String {
     match name.rsplit_once(' ') {
-        Some((kind, name))
-            if ["package", "variable", "builder variable", "s2i variable", "builder script", "secret", "playbook", "image"]
-                .contains(&kind) =>
-        {
+        Some((kind, name)) if KINDS.contains(&kind) => {
             format!("{kind} `{name}`")
         }
         _ => name.to_string(),

@@ -200,7 +200,8 @@ impl Prepared {
                 (None, Some(key)) => format!("not built, {key}"),
                 (None, None) => "not built".into(),
             };
-            let mut files = vec![FileInput { name: "app settings".into(), digest: Digest::of(app.settings().to_string()) }];
+            let mut files =
+                vec![FileInput { name: "settings of the app".into(), digest: Digest::of(app.settings().to_string()) }];
             for name in host_tree::apps::TEMPLATES {
                 let digest = Digest::of(crate::template::text(name)?);
                 files.push(FileInput { name: format!("template {name}"), digest });

@@ -7,7 +7,7 @@ use serde_json::json;
 
 use super::{Global, artifact, disk, report, signals, ui};
 use crate::artifact::disk::Disk;
-use crate::bake::{self, Bake, Baked, Wish};
+use crate::bake::{self, Bake, Baked, Described, Wish};
 use crate::build::base;
 use crate::disk::export::Format;
 use crate::error::Problem;
@@ -44,7 +44,7 @@ pub fn run(global: &Global, args: Args) -> Result<u8> {
         Some(wanted) => Some(previous(&around, wanted)?),
         None => None,
     };
-    let mut formats = parse_formats(&args.format)?;
+    let formats = parse_formats(&args.format)?;
     let bake = Bake { store: &around.store, progress: &around.progress, threads: around.host.threads, path: &around.host.path };
     let wish = Wish { name: name.clone(), host, previous };
     if args.plan {
@@ -59,20 +59,25 @@ pub fn run(global: &Global, args: Args) -> Result<u8> {
         })?;
         return Ok(0);
     }
-    let baked = bake::bake(&bake, &wish).with_context(|| format!("cannot bake `{name}`"));
+    let baked = bake_and_export(&bake, &wish, formats, &args.output).with_context(|| format!("cannot bake `{name}`"));
     around.progress.finish();
-    let baked = baked?;
+    let (baked, files) = baked?;
+    answer(global, &baked, &files)?;
+    Ok(0)
+}
+
+/// The exports are written while the store waits for its disk.
+fn bake_and_export(bake: &Bake<'_>, wish: &Wish, mut formats: Vec<Format>, dir: &Path) -> Result<(Baked, Vec<Written>)> {
+    let baking = bake::bake(bake, wish)?;
     if formats.is_empty() {
-        formats = parse_formats(&baked.disk.config.formats)?;
+        formats = parse_formats(&baking.config.formats)?;
     }
     if formats.is_empty() {
         formats.push(Format::Qcow2);
     }
-    let file_name = name.split(':').next().unwrap_or(&name);
-    let files = export(&bake, &baked, &formats, &args.output, file_name)?;
-    around.progress.finish();
-    answer(global, &baked, &files)?;
-    Ok(0)
+    let file_name = wish.name.split(':').next().unwrap_or(&wish.name);
+    let files = export(bake, &baking.described(), &formats, dir, file_name)?;
+    Ok((baking.finish(bake.store)?, files))
 }
 
 /// Name and manifest of the host image that is meant.
@@ -139,13 +144,13 @@ struct Written {
     seconds: f64,
 }
 
-fn export(bake: &Bake<'_>, baked: &Baked, formats: &[Format], dir: &Path, name: &str) -> Result<Vec<Written>> {
+fn export(bake: &Bake<'_>, disk: &Described<'_>, formats: &[Format], dir: &Path, name: &str) -> Result<Vec<Written>> {
     fs_err::create_dir_all(dir)?;
     let mut files = Vec::new();
     for format in formats {
         let path = dir.join(format!("{name}.{}", format.extension()));
         let started = std::time::Instant::now();
-        bake::export(bake, &baked.disk, *format, &path).with_context(|| format!("cannot write `{}`", path.display()))?;
+        bake::export(bake, disk, *format, &path)?;
         let bytes = fs_err::metadata(&path)?.len();
         files.push(Written { format: *format, path, bytes, seconds: started.elapsed().as_secs_f64() });
     }

@@ -180,7 +180,8 @@ impl Line {
             }
             (Bus::Nvme, _) => format!("nvme,serial=disk{index},"),
         };
-        self.pair("-device", format!("{device}drive=disk{index},bootindex={index}"));
+        // 0 is that of a kernel given to QEMU.
+        self.pair("-device", format!("{device}drive=disk{index},bootindex={}", index + 1));
     }
 
     fn network(&mut self, settings: &Settings) {
@@ -244,7 +245,7 @@ mod tests {
             -device virtserialport,chardev=agent,name=io.pipeline.agent \
             -drive if=pflash,unit=0,format=raw,readonly=on,file=/f/CODE.fd -drive if=pflash,unit=1,format=raw,file=/w/vars.fd \
             -drive if=none,id=disk0,format=qcow2,cache=writeback,discard=unmap,file=/w/a,,b.qcow2 \
-            -device virtio-blk-pci,drive=disk0,bootindex=0 \
+            -device virtio-blk-pci,drive=disk0,bootindex=1 \
             -netdev user,id=network,hostfwd=tcp:127.0.0.1:0-:8080,hostfwd=tcp:127.0.0.1:2222-:22 \
             -device virtio-net-pci,netdev=network,romfile= -smbios type=11,path=/w/credential-0 \
             -fw_cfg name=opt/io.systemd.credentials/x,file=/w/credential-1 -uuid x";
@@ -254,24 +255,24 @@ mod tests {
     #[test]
     fn disks_on_every_bus() {
         let cases = [
-            (Bus::Virtio, Board::Pc, "virtio-blk-pci,drive=disk0,bootindex=0 virtio-blk-pci,drive=disk1,bootindex=1"),
+            (Bus::Virtio, Board::Pc, "virtio-blk-pci,drive=disk0,bootindex=1 virtio-blk-pci,drive=disk1,bootindex=2"),
             (
                 Bus::Ide,
                 Board::Pc,
-                "ide-hd,bus=ide.0,unit=0,drive=disk0,bootindex=0 ide-hd,bus=ide.0,unit=1,drive=disk1,bootindex=1",
+                "ide-hd,bus=ide.0,unit=0,drive=disk0,bootindex=1 ide-hd,bus=ide.0,unit=1,drive=disk1,bootindex=2",
             ),
-            (Bus::Ide, Board::Q35, "ide-hd,bus=ide.0,drive=disk0,bootindex=0 ide-hd,bus=ide.1,drive=disk1,bootindex=1"),
+            (Bus::Ide, Board::Q35, "ide-hd,bus=ide.0,drive=disk0,bootindex=1 ide-hd,bus=ide.1,drive=disk1,bootindex=2"),
             (
                 Bus::Sata,
                 Board::Pc,
-                "ich9-ahci,id=sata ide-hd,bus=sata.0,drive=disk0,bootindex=0 ide-hd,bus=sata.1,drive=disk1,bootindex=1",
+                "ich9-ahci,id=sata ide-hd,bus=sata.0,drive=disk0,bootindex=1 ide-hd,bus=sata.1,drive=disk1,bootindex=2",
             ),
             (
                 Bus::Scsi,
                 Board::Q35,
-                "virtio-scsi-pci,id=scsi scsi-hd,bus=scsi.0,drive=disk0,bootindex=0 scsi-hd,bus=scsi.0,drive=disk1,bootindex=1",
+                "virtio-scsi-pci,id=scsi scsi-hd,bus=scsi.0,drive=disk0,bootindex=1 scsi-hd,bus=scsi.0,drive=disk1,bootindex=2",
             ),
-            (Bus::Nvme, Board::Q35, "nvme,serial=disk0,drive=disk0,bootindex=0 nvme,serial=disk1,drive=disk1,bootindex=1"),
+            (Bus::Nvme, Board::Q35, "nvme,serial=disk0,drive=disk0,bootindex=1 nvme,serial=disk1,drive=disk1,bootindex=2"),
         ];
         for (bus, board, expected) in cases {
             let drives = [drive(bus), drive(bus)];

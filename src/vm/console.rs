@@ -145,6 +145,11 @@ impl Console {
         String::from_utf8_lossy(&text[start..end]).lines().map(|line| line.trim_end().to_owned()).collect()
     }
 
+    /// Whether a line end came after `position`.
+    pub fn is_line_ended(&self, position: Position) -> bool {
+        self.find("\n", &mut position.clone())
+    }
+
     /// The line around the last byte before `position`.
     pub fn line_before(&self, position: Position) -> String {
         let mut shared = self.lock();

@@ -37,6 +37,8 @@ const REAP: Duration = Duration::from_secs(5);
 const OVERTIME: Duration = Duration::from_secs(20);
 /// Longest time between two looks at what is waited for and whether to stop.
 const LOOK: Duration = Duration::from_millis(100);
+/// How long the rest of a line may take to be printed.
+const LINE: Duration = Duration::from_secs(1);
 /// What Linux prints when it gives up (kernel/panic.c).
 pub const PANIC: &str = "Kernel panic - not syncing";
 /// SMBIOS 2.1 tables hold 64 KiB together; what is larger goes by firmware configuration.
@@ -113,6 +115,8 @@ pub struct Machine<'a> {
     ports: Vec<(u16, u16)>,
     /// Panics up to here are known.
     panics_from: Position,
+    /// When the beginning of the next one was seen.
+    panic_begun: Option<Instant>,
     /// Whether a panic is no trouble.
     pub panic_allowed: bool,
     folder: Folder,
@@ -158,6 +162,7 @@ impl<'a> Machine<'a> {
             smbios,
             fw_cfg,
             panics_from: console.end(),
+            panic_begun: None,
             panic_allowed: false,
             bell,
             console,
@@ -228,6 +233,14 @@ impl<'a> Machine<'a> {
             }
             self.bell.wait(seen, LOOK);
         }
+        self.introduce().map_err(|error| match self.ended() {
+            // It greets before it has opened everything; its own words say more.
+            Some(End::Died(_)) => self.not_started(),
+            _ => error,
+        })
+    }
+
+    fn introduce(&mut self) -> Result<()> {
         let has_network = self.settings.card != Card::None;
         let qmp = self.qmp()?;
         qmp.call("qmp_capabilities", Value::Null)?;
@@ -424,9 +437,18 @@ impl<'a> Machine<'a> {
     /// The line of a panic that was not asked for yet.
     pub fn new_panic(&mut self) -> Option<String> {
         let mut from = self.panics_from;
-        let found = self.console.find(PANIC, &mut from);
+        if !self.console.find(PANIC, &mut from) {
+            self.panics_from = from;
+            return None;
+        }
+        let begun = *self.panic_begun.get_or_insert_with(Instant::now);
+        if !self.console.is_line_ended(from) && begun.elapsed() < LINE {
+            // The rest of the line is on its way.
+            return None;
+        }
+        self.panic_begun = None;
         self.panics_from = from;
-        found.then(|| self.console.line_before(from))
+        Some(self.console.line_before(from))
     }
 
     /// The boot id of the guest, when its agent answers.

@@ -36,9 +36,11 @@ const MOUNT_POINTS: [&str; 6] = ["proc", "sys", "dev", "run", "tmp", "var/tmp"];
 const RESOLVER: &str = "/run/systemd/resolve/stub-resolv.conf";
 /// First port that needs no privilege (`net.ipv4.ip_unprivileged_port_start`).
 const FIRST_FREE_PORT: u16 = 1024;
-/// What the health check may take beyond the app's own deadline, in seconds: under emulation
-/// the check itself is slow to start.
-const HEALTH_SLACK: u64 = 30;
+/// What the health check has beyond the app's own deadline, in seconds: the whole machine boots at
+/// the same time, and under emulation with a busy host that takes minutes.
+const BOOT_SLACK: u64 = 180;
+/// Seconds after which systemd ends a check that does not end itself.
+const CHECK_SLACK: u64 = 30;
 /// As in [`crate::build::steps::PATH`], for images that set none.
 const PATH: &str = crate::build::steps::PATH;
 
@@ -442,7 +444,7 @@ fn health(config: &RunConfig) -> Result<Option<Health>> {
 /// The values of the unit that waits for the app's health.
 fn health_values(health: &Option<Health>, port: Option<u16>, mut values: Value) -> Result<Option<Value>> {
     let Some(health) = health else { return Ok(None) };
-    let seconds = health.deadline.as_secs();
+    let seconds = health.deadline.as_secs() + BOOT_SLACK;
     let port = port.map(|port| port.to_string());
     let (words, inside): (Vec<String>, bool) = match (&health.check, port) {
         (HealthCheck::Http(path), Some(port)) => (vec!["http".into(), port, path.clone(), seconds.to_string()], false),
@@ -452,7 +454,7 @@ fn health_values(health: &Option<Health>, port: Option<u16>, mut values: Value) 
     };
     values["arguments"] = words.iter().map(|word| quoted(word)).collect::<Vec<_>>().join(" ").into();
     values["inside"] = inside.into();
-    values["timeout"] = (seconds + HEALTH_SLACK).into();
+    values["timeout"] = (seconds + CHECK_SLACK).into();
     Ok(Some(values))
 }
 

@@ -21,7 +21,7 @@ fn folder() -> (tempfile::TempDir, PathBuf) {
 
 /// What is wrong with a pipeline of `lines` (and a name and a base when they have none): `LINE:COLUMN MESSAGE | HINT`.
 fn wrong(file: &Path, lines: &str) -> Vec<String> {
-    let name = if lines.contains("name:") { "" } else { "\nname: a" };
+    let name = if lines.starts_with("name:") || lines.contains("\nname:") { "" } else { "\nname: a" };
     let base = if lines.starts_with("base:") || lines.contains("\nbase:") { "" } else { "\nbase: { debian: trixie }" };
     let shown = |found: crate::config::diagnostic::Diagnostic| {
         let hint = found.hint.map(|hint| format!(" | {hint}")).unwrap_or_default();

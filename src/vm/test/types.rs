@@ -163,11 +163,10 @@ impl Expect {
             (&self.contains, "a text with", &|wanted| holds(wanted)),
             (&self.contains_not, "a text without", &|wanted| !holds(wanted)),
         ];
-        let unmet = rules.iter().find_map(|(wanted, words, met)| {
+        rules.iter().find_map(|(wanted, words, met)| {
             let wanted = fill(wanted.as_deref()?);
             (!met(&wanted)).then(|| format!("{words} {wanted:?}"))
-        });
-        unmet
+        })
     }
 }
 

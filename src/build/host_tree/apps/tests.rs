@@ -121,7 +121,7 @@ fn an_image_becomes_a_service() {
         assert!(unit.lines().any(|found| found == line), "no `{line}` in\n{unit}");
     }
     let health = text(&tree, "usr/lib/systemd/system/app-web-health.service");
-    assert!(health.contains("ExecStart=:/usr/lib/pipeline/init health http 8080 /healthz 20\n"), "{health}");
+    assert!(health.contains("ExecStart=:/usr/lib/pipeline/init health http 8080 /healthz 200\n"), "{health}");
     for (link, target) in [
         ("multi-user.target.wants/app-web.service", "../app-web.service"),
         ("boot-complete.target.requires/app-web-health.service", "../app-web-health.service"),
