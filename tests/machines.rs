@@ -13,7 +13,7 @@ use std::io::Write as _;
 use std::path::{Path, PathBuf};
 use std::time::{Duration, Instant};
 
-use common::{Project, me, repository, tool};
+use common::{Project, repository, tool};
 use disk::{Version, appliance, baked, qcow2, raw};
 use pipeline::bake::esp::Slot;
 use pipeline::bake::slot;

@@ -22,13 +22,13 @@ pub struct Version {
 impl Version {
     /// Digests of the blocks of its root.
     pub fn index(&self) -> Index {
-        let store = Store::open(&self.root.join("store")).unwrap();
+        let store = Store::open(&self.root).unwrap();
         Index::parse(&store.read(&self.disk.part(Part::Index).unwrap().digest).unwrap()).unwrap()
     }
 }
 
 pub fn store(project: &Project) -> Store {
-    Store::open(&project.root.join("store")).unwrap()
+    Store::open(&project.root).unwrap()
 }
 
 /// The repository's appliance, with its disk in `out/` of the project.
