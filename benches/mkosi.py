@@ -16,7 +16,6 @@ SETTINGS = {
 [Distribution]
 Distribution=debian
 Release={suite}
-Mirror={mirror}
 
 [Output]
 Format=disk
@@ -36,6 +35,14 @@ BuildSources=
 WorkspaceDirectory=tmp
 PackageCacheDirectory=cache
 RepartOffline=yes
+""",
+    # Only for an initrd of its own; a mirror need not have the archives that mkosi would name.
+    "mkosi.sandbox/etc/apt/sources.list.d/mkosi.sources": """\
+Types: deb
+URIs: {mirror}
+Suites: {suite}
+Components: main
+Signed-By: {keyring}
 """,
     "mkosi.repart/00-esp.conf": """\
 [Partition]
@@ -74,10 +81,11 @@ class Mkosi:
         self.folder, self.tools, self.project = folder, folder / "tools", folder / "project"
         folder.mkdir(parents=True)
         peers.debian(self.tools, PACKAGES)
-        for name in ("host", "out", "tmp", "cache", "mkosi.repart"):
+        for name in ("host", "out", "tmp", "cache"):
             (self.project / name).mkdir(parents=True)
         for name, text in SETTINGS.items():
-            (self.project / name).write_text(text.format(suite=peers.SUITE, mirror=peers.archive()))
+            (self.project / name).parent.mkdir(parents=True, exist_ok=True)
+            (self.project / name).write_text(text.format(suite=peers.SUITE, mirror=peers.archive(), keyring=peers.KEYRING))
         shutil.copy(initrd, self.project / "initrd")
         # What `BaseTrees=` copies: taken out by another's program, with owners, modes and capabilities.
         call(self._inside(["fsck.erofs", "--extract=host", "--preserve", "--xattrs", "root"], ["--ro-bind", root, "/work/root"]))
@@ -88,7 +96,7 @@ class Mkosi:
         return self._inside(["mkosi", "--force", *(fetch if own_initrd else GIVEN), "build"])
 
     def build(self, own_initrd=False):
-        """Seconds of one build, what it made before being removed outside of them."""
+        """Seconds of one build; what the one before made is removed outside of them."""
         call(["rm", "-rf", *(self.project / "out").iterdir()])
         call(["sync"])
         return timed(self.argv(own_initrd))[0]
