@@ -287,7 +287,7 @@ def memory(bench):
         raise Failed(f"seen were {watch.each}: not the bake that was meant")
     each = ", ".join(f"`{name}` {peak / 1e6:.0f} MB" for name, peak in sorted(watch.each.items()))
     bench.command("memory", argv)
-    bench.notes.append(f"Memory: VmHWM of each process of ours during a bake: {each}; counted is the largest sum at one moment, pages of files that are mapped included, qemu-img's own not.")
+    bench.notes.append(f"Memory: VmHWM of each process of ours during a bake: {each}; counted is the largest sum at one moment, pages of mapped files included and those that a child shares until it is qemu-img counted twice; qemu-img's own are not.")
     bench.goal("peak memory of a bake", f"{watch.peak / 1e6:.0f} MB", f"< {MEMORY_BYTES // 1_000_000} MB", watch.peak < MEMORY_BYTES)
 
 
