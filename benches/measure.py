@@ -1,4 +1,4 @@
-"""Runs commands and measures them: wall time, the scripts' own time, peak memory. Knows nothing of the peers."""
+"""Runs commands and measures them: wall time, the scripts' own time, peak memory; keeps what was found. Knows nothing of the peers."""
 
 import json
 import os
@@ -6,6 +6,7 @@ import re
 import shlex
 import statistics
 import subprocess
+import sys
 import threading
 import time
 from dataclasses import dataclass, field
@@ -16,6 +17,11 @@ LAST_LINES = 25
 SAMPLE_SECONDS = 0.01
 # A command that changes nothing is timed for about HYPERFINE_SECONDS, within these numbers of runs.
 HYPERFINE_SECONDS, LEAST_RUNS, MOST_RUNS = 10, 5, 50
+# Before a measurement, for what is still under way to end.
+SETTLE_SECONDS = 1
+# Percent of the processors' time from which on a machine counts as busy.
+BUSY = 20
+STARTED = time.monotonic()
 
 
 class Failed(Exception):
@@ -94,11 +100,11 @@ class Memory:
     """Peak memory of the processes of one program below one process, while the block runs.
 
     `peak` is the largest sum of VmHWM (bytes) over the processes alive at one moment; `each` the
-    VmHWM of every process by what it is.
+    VmHWM of every process by what it is; `name` is what the first one is.
     """
 
-    def __init__(self, program, pid):
-        self.program, self.pid = program, pid
+    def __init__(self, program, pid, name="build"):
+        self.program, self.pid, self.name = program, pid, name
         self.peak, self.each = 0, {}
         self._identity = os.stat(program)
         self._ended = threading.Event()
@@ -126,7 +132,7 @@ class Memory:
                         words = cmdline.read().split("\0")
                 except OSError:
                     continue
-                name = words[1] if len(words) > 1 and words[1].startswith("__") else "build"
+                name = words[1] if len(words) > 1 and words[1].startswith("__") else self.name
                 alive[pid] = kib * 1024
                 self.each[name] = max(self.each.get(name, 0), kib * 1024)
             self.peak = max(self.peak, sum(alive.values()))
@@ -146,6 +152,60 @@ class Memory:
         for pid in family:
             family += children.get(pid, [])
         return family
+
+
+class Report:
+    """One section of the page: verdicts, notes, times, commands, versions."""
+
+    def __init__(self, title, places):
+        # `places`: folder → its name in commands.
+        self.title, self.places = title, places
+        self.verdicts, self.times, self.commands, self.notes, self.others, self.versions = [], [], [], [], [], {}
+
+    def goal(self, what, measured, goal, met):
+        self.verdicts.append([what, measured, goal, "PASS" if met else "FAIL"])
+        say(f"{'PASS' if met else 'FAIL'}  {what}: {measured} (goal: {goal})")
+
+    def timing(self, *times):
+        self.times += times
+
+    def command(self, what, argv):
+        line = argv if isinstance(argv, str) else shlex.join(map(str, argv))
+        for place, name in self.places.items():
+            line = line.replace(str(place), name)
+        self.commands.append([what, f"`{line}`"])
+
+    def render(self):
+        share = ", ".join(f"{percent:.0f} %" for percent in self.others)
+        verdict = ": it was busy, and times are longer than they need be" if max(self.others) > BUSY else ""
+        notes = [*self.notes, f"Other work on the machine before each measurement: {share} of its processors' time{verdict}."]
+        page = f"## {self.title}\n\n" + table(["what", "measured", "goal", "verdict"], self.verdicts)
+        page += "\n" + "".join(f"- {note}\n" for note in notes)
+        page += "\n### Times in seconds\n\n" + table(["what", "least", "median", "most", "runs"], [times.row() for times in self.times])
+        page += "\n### Commands\n\n" + table(["what", "command"], self.commands)
+        page += "\n### Versions\n\n" + table(["what", "version"], [[name, text] for name, text in self.versions.items()])
+        return page
+
+
+def busy():
+    """Percent of all processors' time that others use while this program waits."""
+
+    def ticks():
+        with open("/proc/stat") as stat:
+            values = [int(word) for word in stat.readline().split()[1:9]]
+        return sum(values), values[3] + values[4]
+
+    # What was written so far goes to disk now, not during a measurement.
+    os.sync()
+    time.sleep(SETTLE_SECONDS)
+    before = ticks()
+    time.sleep(SETTLE_SECONDS)
+    total, idle = (now - then for now, then in zip(ticks(), before))
+    return 100 * (total - idle) / max(total, 1)
+
+
+def say(text):
+    print(f"{time.monotonic() - STARTED:4.0f} s  {text}", file=sys.stderr, flush=True)
 
 
 def table(header, rows):

@@ -14,6 +14,8 @@ from measure import Failed, call
 
 # What the measurements run; docker.io brings the daemon and the classic builder.
 PACKAGES = ["docker.io", "hyperfine", "zstd", "mmdebstrap", "git", "bubblewrap", "uidmap", "ca-certificates", "debian-archive-keyring"]
+# Programs whose package may come from elsewhere than Debian, as QEMU's often does.
+PROGRAMS = {"qemu-system-x86_64": "qemu-system-x86", "qemu-img": "qemu-utils", "openssl": "openssl"}
 # The client has a package of its own from trixie on, which docker.io only recommends.
 CLIENT = "docker-cli"
 SUITE = "trixie"
@@ -26,11 +28,12 @@ START_SECONDS = 60
 
 
 def install():
-    """Installs the missing ones of PACKAGES."""
+    """Installs the missing ones of PACKAGES and PROGRAMS."""
     wanted = [*PACKAGES]
     if subprocess.run(["apt-cache", "show", CLIENT], stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL).returncode == 0:
         wanted.append(CLIENT)
     missing = [name for name in wanted if not version(name)]
+    missing += [package for program, package in PROGRAMS.items() if not shutil.which(program)]
     if missing:
         env = {**os.environ, "DEBIAN_FRONTEND": "noninteractive"}
         call(["apt-get", "-q", "update"], env=env)
@@ -169,14 +172,26 @@ def die_with_parent(number=signal.SIGKILL):
 def base_tree(work):
     """A Debian tree with Python, as tar and as folder; both as other tools make them, for the peers."""
     tar, tree = work / "base.tar", work / "base"
-    proxy = re.search(r'"(.+)"', call(["apt-config", "dump", "--no-empty", "Acquire::http::Proxy"]))
-    options = ["--aptopt", f'Acquire::http::Proxy "{proxy[1]}"'] if proxy else []
     # With the machine's CA bundle, as a company's own base image has it.
-    options += ["--include=ca-certificates,python3,python3-pip,python3-setuptools", f"--customize-hook=upload {CA_BUNDLE} {CA_BUNDLE}"]
-    call(["mmdebstrap", "--mode=root", "--variant=minbase", *options, SUITE, tar, source_line()])
+    debian(tar, ["ca-certificates", "python3", "python3-pip", "python3-setuptools"], f"--customize-hook=upload {CA_BUNDLE} {CA_BUNDLE}")
     tree.mkdir()
     call(["tar", "-C", tree, "--numeric-owner", "--exclude=./dev/*", "-xpf", tar])
     return tar, tree
+
+
+def debian(target, packages, *options):
+    """Makes a Debian tree with these packages: a tar file when `target` is named so, else a folder."""
+    # Root's: nobody else can look into the work folder of every machine.
+    apt = ["--aptopt=APT::Sandbox::User \"root\""]
+    if proxy := apt_proxy():
+        apt.append(f'--aptopt=Acquire::http::Proxy "{proxy}"')
+    call(["mmdebstrap", "--mode=root", "--variant=minbase", *apt, f"--include={','.join(packages)}", *options, SUITE, target, source_line()])
+
+
+def apt_proxy():
+    """The proxy that this machine's apt uses, or nothing."""
+    proxy = re.search(r'"(.+)"', call(["apt-config", "dump", "--no-empty", "Acquire::http::Proxy"]))
+    return proxy[1] if proxy else ""
 
 
 def extend(tree, size):
