@@ -4,6 +4,7 @@
 //! What needs nothing but the disk is in `vm-tests/`, as a user of this program has it. Here is what needs something
 //! prepared on this side: a second version in slot B, a NoCloud disk, other pipelines, other people's tools.
 //! Every boot is emulated and takes half a minute, so each test asks for as much as one boot can show.
+#![allow(clippy::print_stdout, reason = "what was measured is worth reading")]
 
 mod common;
 #[path = "machines/disk.rs"]

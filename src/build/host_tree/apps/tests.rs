@@ -185,7 +185,7 @@ fn ranges_are_stable_and_apart() {
     let apps: Vec<App> = names.iter().map(|name| app(name)).collect();
     let bases = uid_bases(&apps);
     for base in bases.values() {
-        assert!(*base >= UID_FIRST && *base < UID_END && (base - UID_FIRST) % UID_COUNT == 0, "{base}");
+        assert!(*base >= UID_FIRST && *base < UID_END && (base - UID_FIRST).is_multiple_of(UID_COUNT), "{base}");
     }
     // Pinned: an installed machine's files belong to these.
     assert_eq!(uid_bases(&[app("notes")])["notes"], bases["notes"]);
