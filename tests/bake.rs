@@ -258,3 +258,88 @@ fn differences_are_told_as_people_know_them() {
     }
     project.pipeline(&["artifact", "diff", "one:latest.disk", "one:latest.disk"]).ok().prints("they are the same");
 }
+
+#[test]
+fn kill_9_anywhere_leaves_nothing_that_stays() {
+    let project = project(me(), "tiny", &[layer(&host())]);
+    let forget = || {
+        for entry in fs_err::read_dir(project.root.join("cache/bakes")).into_iter().flatten().flatten() {
+            fs_err::remove_file(entry.path()).unwrap();
+        }
+    };
+    let bake_with = |point: &str| project.pipeline(&["--fault", point, "bake", "tiny", "--format", "raw,qcow2"]).run();
+    let counted = bake_with("0");
+    let points: u32 =
+        counted.stderr.lines().find_map(|line| line.strip_prefix("fault points passed: ")).unwrap().parse().unwrap();
+    let expected = bake(&project, &["tiny"])["digest"].clone();
+    assert!(points > 20, "{points}");
+    for point in (1..=points).step_by(2) {
+        forget();
+        bake_with(&point.to_string()).code(137);
+        let answer = bake(&project, &["tiny", "--format", "raw,qcow2"]);
+        assert_eq!(answer["digest"], expected, "after a kill at point {point} of {points}");
+        let mut files: Vec<String> = fs_err::read_dir(project.path("out"))
+            .unwrap()
+            .map(|entry| entry.unwrap().file_name().to_string_lossy().into_owned())
+            .collect();
+        files.sort_unstable();
+        assert_eq!(files, ["tiny.qcow2", "tiny.raw"], "after a kill at point {point} of {points}");
+        project.assert_clean();
+    }
+    project.pipeline(&["artifact", "verify", "tiny:latest.disk"]).ok();
+}
+
+/// Bakes onto a tmpfs of `$2` KiB at `$1`, and again when it is large; nobody else sees the mount.
+const FULL: &str = r#"
+set -u
+place=$1 size=$2; shift 2
+mount -t tmpfs -o "size=$size,mode=0755" tmpfs "$place" || exit 99
+"$@" -o "$place"; echo "first $?"
+ls -A "$place" | sed 's/^/left /'
+mount -o remount,size=200m "$place" || exit 98
+"$@" -o "$place"; echo "second $?"
+ls -A "$place" | sed 's/^/holds /'
+"#;
+
+#[test]
+fn a_full_disk_is_said_and_leaves_nothing() {
+    tool("unshare", "util-linux");
+    for user in users() {
+        let project = project(user, "tiny", &[layer(&host())]);
+        let place = project.beside("place");
+        let namespace: &[&str] = if user == common::User::Root {
+            &["unshare", "--mount"]
+        } else {
+            &["unshare", "--user", "--map-auto", "--map-root-user", "--mount"]
+        };
+        for format in ["raw", "qcow2", "vmdk"] {
+            let command = project.program("sh").wrap(namespace).arg("-c").arg(FULL).arg("sh").arg(&place).arg("700k");
+            let answer = command
+                .arg(common::binary())
+                .args(&["--root", project.root.to_str().unwrap(), "bake", "tiny", "--format", format])
+                .run();
+            answer.code(0).prints("first 75\n").prints("second 0\n").prints(&format!("holds tiny.{format}\n"));
+            answer.says("No space left on device").says("hint: free some space");
+            assert!(!answer.stdout.contains("left "), "{}", answer.stdout);
+        }
+        project.assert_clean();
+    }
+}
+
+#[test]
+fn a_missing_or_old_qemu_img_is_named_and_other_formats_do_without() {
+    let project = project(me(), "tiny", &[layer(&host())]);
+    let bin = project.beside("old");
+    let with_path = |args: &[&str]| {
+        let path = format!("PATH={}", bin.display());
+        project.pipeline(args).wrap(&["/usr/bin/env", &path]).run()
+    };
+    with_path(&["bake", "tiny"]).code(1).says("`qemu-img` is not installed").says("it is in the package qemu-utils");
+    assert_eq!(fs_err::read_dir(project.path("out")).unwrap().count(), 0);
+    with_path(&["bake", "tiny", "--format", "raw,vhd"]).code(0);
+    let fake = bin.join("qemu-img");
+    fs_err::write(&fake, "#!/bin/sh\necho 'qemu-img version 3.1.0 (Debian)'\n").unwrap();
+    fs_err::set_permissions(&fake, std::os::unix::fs::PermissionsExt::from_mode(0o755)).unwrap();
+    with_path(&["bake", "tiny"]).code(1).says("`qemu-img` is version 3.1, and 4.0 is needed");
+    project.assert_clean();
+}

@@ -178,8 +178,7 @@ fn with_slot_b(first: &Project, second: &Version) -> PathBuf {
 }
 
 /// One file more.
-const SECOND: (&str, &str) =
-    ("  disk:", "  files:\n    - { path: /usr/share/second-version, content: \"second\\n\" }\n  disk:");
+const SECOND: (&str, &str) = ("  disk:", "  files:\n    - { path: /usr/share/second-version, content: \"second\\n\" }\n  disk:");
 /// One file more, and an init that cannot be executed.
 const BROKEN: (&str, &str) = (
     "  disk:",

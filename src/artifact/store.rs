@@ -303,6 +303,21 @@ impl Store {
         self.layout().join(".tmp")
     }
 
+    /// Removes the blobs that killed processes were writing; nothing while somebody else has the store open.
+    pub fn sweep(&self) -> Result<()> {
+        let Some(_alone) = self.alone()? else { return Ok(()) };
+        for entry in fs_err::read_dir(self.temp_dir())? {
+            fs_err::remove_file(entry?.path())?;
+        }
+        for entry in fs_err::read_dir(self.cache("bakes")).into_iter().flatten() {
+            let entry = entry?;
+            if entry.file_name().as_encoded_bytes().starts_with(b".tmp-") {
+                fs_err::remove_file(entry.path())?;
+            }
+        }
+        Ok(())
+    }
+
     /// A file in the store that is gone again unless it is adopted.
     pub fn temp(&self) -> Result<tempfile::NamedTempFile> {
         fault::point("create a temporary blob");

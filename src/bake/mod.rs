@@ -154,6 +154,7 @@ pub fn bake(bake: &Bake<'_>, wish: &Wish) -> Result<Baking> {
         let (config, files) = (disk.config.clone(), Files::of(bake.store, &disk));
         return Ok(Baking { name, config, state: State::There(Box::new(disk), files), key, started, phases: Vec::new() });
     }
+    bake.store.sweep()?;
     let mut clock = Clock { last: Instant::now(), phases: Vec::new() };
     let (tree, host) = read_tree(bake, wish)?;
     clock.phase("read layers");
