@@ -275,7 +275,13 @@ fn kill_9_anywhere_leaves_nothing_that_stays() {
     assert!(points > 20, "{points}");
     for point in (1..=points).step_by(2) {
         forget();
-        bake_with(&point.to_string()).code(137);
+        let killed = bake_with(&point.to_string());
+        if killed.status.success() {
+            // The first bake wrote its tag, too.
+            assert!(point + 3 > points, "point {point} of {points} was not met");
+            break;
+        }
+        killed.code(137);
         let answer = bake(&project, &["tiny", "--format", "raw,qcow2"]);
         assert_eq!(answer["digest"], expected, "after a kill at point {point} of {points}");
         let mut files: Vec<String> = fs_err::read_dir(project.path("out"))
@@ -340,6 +346,6 @@ fn a_missing_or_old_qemu_img_is_named_and_other_formats_do_without() {
     let fake = bin.join("qemu-img");
     fs_err::write(&fake, "#!/bin/sh\necho 'qemu-img version 3.1.0 (Debian)'\n").unwrap();
     fs_err::set_permissions(&fake, std::os::unix::fs::PermissionsExt::from_mode(0o755)).unwrap();
-    with_path(&["bake", "tiny"]).code(1).says("`qemu-img` is version 3.1, and 4.0 is needed");
+    with_path(&["bake", "tiny"]).code(1).says("is version 3.1, and 4.0 is needed");
     project.assert_clean();
 }
