@@ -88,7 +88,7 @@ class Mkosi:
             (self.project / name).write_text(text.format(suite=peers.SUITE, mirror=peers.archive(), keyring=peers.KEYRING))
         shutil.copy(initrd, self.project / "initrd")
         # What `BaseTrees=` copies: taken out by another's program, with owners, modes and capabilities.
-        call(self._inside(["fsck.erofs", "--extract=host", "--preserve", "--xattrs", "root"], ["--ro-bind", root, "/work/root"]))
+        call(self._inside(["fsck.erofs", "--extract=host", "--preserve", "--xattrs", "root"], ["--ro-bind", root, "/mkosi/root"]))
 
     def argv(self, own_initrd=False):
         proxy = peers.apt_proxy()
@@ -118,6 +118,6 @@ class Mkosi:
         """A command in the tree. Not by chroot(2): mkosi makes namespaces of its own, which the kernel refuses there."""
         return [
             "bwrap", "--die-with-parent", "--unshare-pid", "--cap-add", "ALL", "--dev-bind", self.tools, "/", "--dev-bind", "/dev", "/dev", "--proc", "/proc",
-            "--ro-bind", "/sys", "/sys", "--tmpfs", "/run", "--ro-bind", "/etc/resolv.conf", "/etc/resolv.conf", "--bind", self.project, "/work", *binds,
-            "--chdir", "/work", "--clearenv", "--setenv", "PATH", "/usr/sbin:/usr/bin:/sbin:/bin", "--setenv", "HOME", "/root", "--setenv", "LANG", "C.UTF-8", *argv,
+            "--ro-bind", "/sys", "/sys", "--tmpfs", "/run", "--ro-bind", "/etc/resolv.conf", "/etc/resolv.conf", "--bind", self.project, "/mkosi", *binds,
+            "--chdir", "/mkosi", "--clearenv", "--setenv", "PATH", "/usr/sbin:/usr/bin:/sbin:/bin", "--setenv", "HOME", "/root", "--setenv", "LANG", "C.UTF-8", *argv,
         ]  # fmt: skip

@@ -153,6 +153,8 @@ pub struct Config {
     pub firmware: Vec<String>,
     /// Serial number of the ESP.
     pub esp_serial: u32,
+    /// Settings of the boot loaders: path on the ESP and content.
+    pub esp_texts: BTreeMap<String, String>,
     /// Seconds since 1970: the date of everything on the disk.
     pub epoch: i64,
     /// `PRETTY_NAME` of os-release.

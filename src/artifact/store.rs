@@ -134,6 +134,22 @@ pub struct Store {
 #[derive(Debug)]
 pub struct Alone<'a>(&'a Store);
 
+impl Alone<'_> {
+    /// Removes the blobs and records of bakes that killed processes were writing.
+    pub fn sweep(&self) -> Result<()> {
+        for entry in fs_err::read_dir(self.0.temp_dir())? {
+            fs_err::remove_file(entry?.path())?;
+        }
+        for entry in fs_err::read_dir(self.0.cache("bakes")).into_iter().flatten() {
+            let entry = entry?;
+            if entry.file_name().as_encoded_bytes().starts_with(b".tmp-") {
+                fs_err::remove_file(entry.path())?;
+            }
+        }
+        Ok(())
+    }
+}
+
 impl Drop for Alone<'_> {
     fn drop(&mut self) {
         let _ = rustix::fs::flock(&self.0.open, rustix::fs::FlockOperation::LockShared);
@@ -305,17 +321,7 @@ impl Store {
 
     /// Removes the blobs that killed processes were writing; nothing while somebody else has the store open.
     pub fn sweep(&self) -> Result<()> {
-        let Some(_alone) = self.alone()? else { return Ok(()) };
-        for entry in fs_err::read_dir(self.temp_dir())? {
-            fs_err::remove_file(entry?.path())?;
-        }
-        for entry in fs_err::read_dir(self.cache("bakes")).into_iter().flatten() {
-            let entry = entry?;
-            if entry.file_name().as_encoded_bytes().starts_with(b".tmp-") {
-                fs_err::remove_file(entry.path())?;
-            }
-        }
-        Ok(())
+        self.alone()?.map_or(Ok(()), |alone| alone.sweep())
     }
 
     /// A file in the store that is gone again unless it is adopted.

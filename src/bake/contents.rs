@@ -1,7 +1,7 @@
 //! What is in an artifact, and what changed between two: packages, kernel, files, sizes.
 //!
 //! Works on images, host images and disks alike; a disk is looked at through the host image it
-//! was made from when the store has that, and through the list in its own layout otherwise.
+//! was made from, which has to be in the store too.
 
 use std::cmp::Ordering;
 use std::collections::{BTreeMap, BTreeSet};

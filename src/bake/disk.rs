@@ -195,12 +195,11 @@ fn esp_entries(disk: &Described<'_>) -> Result<Vec<Entry>> {
         whole("/EFI/BOOT/BOOTX64.EFI".into(), Part::Loader)?,
         whole("/EFI/systemd/systemd-bootx64.efi".into(), Part::Loader)?,
         whole(esp::uki_path(FIRST, Slot::A, None), Part::Uki)?,
-        Entry::bytes("/loader/loader.conf", esp::LOADER_CONF.as_bytes()),
     ];
+    entries.extend(disk.config.esp_texts.iter().map(|(path, text)| Entry::bytes(path.as_str(), text.as_bytes())));
     if disk.files.has(Part::GrubCore) {
         let folder = esp::slot_folder(Slot::A);
         entries.extend([
-            Entry::bytes("/grub/grub.cfg", grub::CONFIGURATION.as_bytes()),
             Entry::bytes("/grub/grubenv", grub::Environment::shipped().render()?),
             whole(format!("{folder}/vmlinuz"), Part::Kernel)?,
             whole(format!("{folder}/initrd"), Part::Initrd)?,

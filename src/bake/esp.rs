@@ -9,6 +9,10 @@
 //! ```
 //! The number in a UKI's name is the generation: systemd-boot starts the highest that is not bad.
 
+use std::collections::BTreeMap;
+
+use crate::disk::grub;
+
 /// A system slot.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 pub enum Slot {
@@ -26,7 +30,16 @@ impl Slot {
 }
 
 /// systemd-boot's own settings: start at once, and nobody edits the command line at the console.
-pub const LOADER_CONF: &str = "timeout 0\neditor no\n";
+const LOADER_CONF: &str = "timeout 0\neditor no\n";
+
+/// Settings of the loaders: path and content.
+pub fn texts(bios: bool) -> BTreeMap<String, String> {
+    let mut texts = BTreeMap::from([("/loader/loader.conf".to_string(), LOADER_CONF.to_string())]);
+    if bios {
+        texts.insert("/grub/grub.cfg".into(), grub::CONFIGURATION.into());
+    }
+    texts
+}
 
 /// Path of the UKI of `slot`; `tries`: `None` when it is good already (systemd, "Automatic Boot
 /// Assessment": tries left behind a plus sign).

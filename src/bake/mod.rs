@@ -29,7 +29,7 @@ use crate::artifact::store::{Descriptor, Store, write_cache};
 use crate::disk::erofs::{self, Header, Layout, Target};
 use crate::disk::gpt::Guid;
 use crate::disk::index::{self, Index};
-use crate::disk::init::INIT;
+use crate::disk::init;
 use crate::disk::table::{Role, Table};
 use crate::disk::tree::Tree;
 use crate::disk::uki;
@@ -138,11 +138,32 @@ impl Baking {
 
 /// The partition table a bake would make, and warnings.
 pub fn plan_of(bake: &Bake<'_>, wish: &Wish) -> Result<(Table, Vec<String>)> {
-    let (tree, host) = read_tree(bake, wish)?;
-    let previous = previous_layout(bake.store, wish)?;
-    let plan = erofs::plan(&tree, previous.as_ref(), bake.threads)?;
-    let initrd = initrd::initrd(&tree, &host)?;
-    Ok(plan::table(&sizes(wish, &host, plan.blocks(), &initrd.bytes)?)?)
+    let planned = Planned::new(bake, wish, &mut Clock::start())?;
+    Ok((planned.table, planned.warnings))
+}
+
+/// Everything that is decided before anything is written.
+struct Planned {
+    tree: Tree,
+    host: Host,
+    initrd: Vec<u8>,
+    plan: erofs::Plan,
+    table: Table,
+    warnings: Vec<String>,
+}
+
+impl Planned {
+    fn new(bake: &Bake<'_>, wish: &Wish, clock: &mut Clock) -> Result<Self> {
+        let (tree, host) = read_tree(bake, wish)?;
+        clock.phase("read layers");
+        let previous = previous_layout(bake.store, wish)?;
+        let plan = erofs::plan(&tree, previous.as_ref(), bake.threads)?;
+        let initrd = initrd::initrd(&tree, &host)?;
+        let (table, mut warnings) = plan::table(&sizes(wish, &host, plan.blocks(), &initrd.bytes)?)?;
+        warnings.extend(missing(&host, &initrd));
+        clock.phase("plan");
+        Ok(Self { tree, host, initrd: initrd.bytes, plan, table, warnings })
+    }
 }
 
 /// Makes the parts of a disk, or finds them; [`Baking::finish`] puts them into the store.
@@ -155,25 +176,18 @@ pub fn bake(bake: &Bake<'_>, wish: &Wish) -> Result<Baking> {
         return Ok(Baking { name, config, state: State::There(Box::new(disk), files), key, started, phases: Vec::new() });
     }
     bake.store.sweep()?;
-    let mut clock = Clock { last: Instant::now(), phases: Vec::new() };
-    let (tree, host) = read_tree(bake, wish)?;
-    clock.phase("read layers");
-    let previous = previous_layout(bake.store, wish)?;
-    let plan = erofs::plan(&tree, previous.as_ref(), bake.threads)?;
-    let initrd = initrd::initrd(&tree, &host)?;
-    let (table, warnings) = plan::table(&sizes(wish, &host, plan.blocks(), &initrd.bytes)?)?;
-    for warning in warnings.into_iter().chain(missing(&host, &initrd)) {
+    let mut clock = Clock::start();
+    let Planned { tree, host, initrd, plan, table, warnings } = Planned::new(bake, wish, &mut clock)?;
+    for warning in warnings {
         bake.progress.warn(warning);
     }
-    clock.phase("plan");
     let mut parts = Parts::default();
     let root = write_root(bake, wish, &tree, &plan, &mut parts)?;
     clock.phase("write root");
     let root_hash = hex::encode(root.hash);
     let cmdline = esp::cmdline(&root_hash, &host.file.arguments);
-    let uki = unified(&host, &initrd.bytes, &cmdline)?;
-    for (part, bytes) in
-        [(Part::Uki, &uki), (Part::Kernel, &host.vmlinuz), (Part::Initrd, &initrd.bytes), (Part::Loader, &host.loader)]
+    let uki = unified(&host, &initrd, &cmdline)?;
+    for (part, bytes) in [(Part::Uki, &uki), (Part::Kernel, &host.vmlinuz), (Part::Initrd, &initrd), (Part::Loader, &host.loader)]
     {
         parts.put(bake.store, part, bytes)?;
     }
@@ -206,6 +220,10 @@ struct Clock {
 }
 
 impl Clock {
+    fn start() -> Self {
+        Self { last: Instant::now(), phases: Vec::new() }
+    }
+
     fn phase(&mut self, name: &'static str) {
         let now = Instant::now();
         self.phases.push((name, now.duration_since(self.last).as_secs_f64()));
@@ -316,9 +334,10 @@ fn config(wish: &Wish, host: &Host, root: &Root, table: Table, cmdline: String, 
         kernel: host.kernel.clone(),
         cmdline,
         initrd: if host.file.initrd == Initrd::Dracut { "dracut".into() } else { "static".into() },
-        init: Digest::of(INIT),
+        init: init::digest(),
         firmware: firmware.into_iter().map(String::from).collect(),
         esp_serial: identity.serial("esp"),
+        esp_texts: esp::texts(host.grub.is_some()),
         epoch: root.epoch,
         os: esp::pretty_name(&host.os_release),
         formats: host.file.disk.formats.clone(),
@@ -331,7 +350,14 @@ fn config(wish: &Wish, host: &Host, root: &Root, table: Table, cmdline: String, 
 fn key(wish: &Wish) -> Digest {
     let mut hasher = Hasher::new();
     hasher.field(VERSION).field(wish.name.split(':').next().unwrap_or_default()).field(wish.host.to_string());
-    hasher.field(Digest::of(INIT).to_string());
+    // What this program adds to the host's own.
+    hasher.field(init::digest().to_string());
+    for name in init::modules() {
+        hasher.field(name);
+    }
+    for (path, text) in esp::texts(true) {
+        hasher.field(path).field(text);
+    }
     hasher.field(wish.previous.as_ref().map_or(String::new(), |disk| disk.digest.to_string()));
     hasher.finish()
 }

@@ -100,7 +100,7 @@ pub fn plan(store: &Store, keep: usize, locks: &[lock::Lock]) -> Result<Vec<Unne
         name.starts_with('.') || kept_records.contains(name.split('.').next().unwrap_or(name))
     })?;
     collect(&mut unneeded, "source", &store.cache("listings"), &|name| name.starts_with("pulled-") || listings.contains(name))?;
-    // A raw disk can be written again from its artifact, a bake be done again.
+    // A raw disk can be written again from its artifact.
     collect(&mut unneeded, "disk", &store.cache("disks"), &|name| {
         name.starts_with('.') || blobs.contains(name.split('.').next().unwrap_or(name))
     })?;

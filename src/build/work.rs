@@ -34,7 +34,8 @@ impl Work {
     pub fn take(store: &Store, base: Option<&Path>, remover: &dyn Fn(&Path) -> Result<()>) -> Result<Self> {
         let base = base.map_or_else(|| store.cache("work"), Path::to_path_buf);
         fs_err::create_dir_all(&base)?;
-        if let Some(_alone) = store.alone()? {
+        if let Some(alone) = store.alone()? {
+            alone.sweep()?;
             sweep(store, &base, remover)?;
         }
         let dir = tempfile::Builder::new()
@@ -60,7 +61,7 @@ impl Work {
 
 /// Whether an earlier build left anything behind: cheap enough for every command.
 pub fn leftovers(store: &Store) -> Result<bool> {
-    for dir in [store.cache("work"), store.layout().join(".tmp")] {
+    for dir in [store.cache("work"), store.temp_dir()] {
         if fs_err::read_dir(&dir)?.next().is_some() {
             return Ok(true);
         }
@@ -89,9 +90,6 @@ fn temporary_places(store: &Store) -> Vec<PathBuf> {
 fn sweep(store: &Store, base: &Path, remover: &dyn Fn(&Path) -> Result<()>) -> Result<()> {
     for entry in fs_err::read_dir(base)? {
         remover(&entry?.path())?;
-    }
-    for entry in fs_err::read_dir(store.layout().join(".tmp"))? {
-        fs_err::remove_file(entry?.path())?;
     }
     for dir in temporary_places(store) {
         for entry in fs_err::read_dir(&dir)? {

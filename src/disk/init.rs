@@ -5,7 +5,7 @@
 
 use std::sync::LazyLock;
 
-use sha2::{Digest as _, Sha256};
+use crate::oci::digest::Digest;
 
 /// The program (ELF, x86-64, static). Bake puts it into the initrd as `/init`, the host step into the tree as
 /// `/usr/lib/pipeline/init`.
@@ -14,10 +14,10 @@ pub const INIT: &[u8] = include_bytes!(concat!(env!("OUT_DIR"), "/pipeline-init"
 /// The names of the kernel modules the initrd needs, in the order of loading by name, with comments; see [`modules`].
 const MODULES: &str = include_str!("../../init/modules.txt");
 
-/// `sha256:` and the hexadecimal digest of [`INIT`].
-pub fn digest() -> &'static str {
-    static DIGEST: LazyLock<String> = LazyLock::new(|| format!("sha256:{}", hex::encode(Sha256::digest(INIT))));
-    &DIGEST
+/// Digest of [`INIT`].
+pub fn digest() -> Digest {
+    static DIGEST: LazyLock<Digest> = LazyLock::new(|| Digest::of(INIT));
+    *DIGEST
 }
 
 /// The kernel modules of the initrd, with `_` in their names; what they depend on is not among them.
