@@ -287,6 +287,6 @@ fn end(failure: Failure, found: Option<&Found>) -> ! {
 fn mark_bad(found: &Found) -> Result<bool, String> {
     let esp = esp_of(found)?;
     let states = esp.states();
-    esp.mark(found.slot, Mark::Bad)?;
+    esp.mark(found.slot, Mark::Damaged)?;
     Ok(states?[found.slot.other() as usize].bootable())
 }

@@ -9,7 +9,7 @@ use std::path::{Path, PathBuf};
 
 use super::fat::{Device, Entry, Fat};
 use super::grubenv;
-use super::slots::{Slot, State, UkiName, grub_marks, grub_state};
+use super::slots::{Slot, State, UkiName, grub_marks, grub_state, is_grub_damaged};
 
 const UKI_FOLDER: &str = "/EFI/Linux";
 const GRUBENV: &str = "/grub/grubenv";
@@ -38,7 +38,8 @@ pub struct Esp {
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 pub enum Mark {
     Good,
-    Bad,
+    /// Its bytes are not what they were: bad until it is written anew.
+    Damaged,
 }
 
 impl Esp {
@@ -78,7 +79,6 @@ impl Esp {
     /// When the ESP cannot be read.
     pub fn is_marked(&self, slot: Slot, mark: Mark) -> Result<bool, String> {
         let fat = self.open(false)?;
-        let wanted = if mark == Mark::Good { State::Good } else { State::Bad };
         let ukis = ukis(&fat).map_err(|error| self.say(error))?;
         let grub = match fat.file(GRUBENV) {
             Err(_) => true,
@@ -90,7 +90,21 @@ impl Esp {
                 grub_marks(slot, mark == Mark::Good).iter().all(same)
             }
         };
-        Ok(grub && ukis.iter().all(|(_, name)| name.slot != slot || name.state == wanted))
+        Ok(grub && ukis.iter().all(|(_, name)| name.slot != slot || says(name, mark)))
+    }
+
+    /// Whether a slot is marked damaged in one of the boot loaders.
+    ///
+    /// # Errors
+    /// When the ESP cannot be read.
+    pub fn is_damaged(&self, slot: Slot) -> Result<bool, String> {
+        let fat = self.open(false)?;
+        let ukis = ukis(&fat).map_err(|error| self.say(error))?;
+        let grub = match fat.file(GRUBENV) {
+            Err(_) => false,
+            Ok(file) => is_grub_damaged(&grubenv::parse(&fat.read(&file).map_err(|error| self.say(error))?)?, slot),
+        };
+        Ok(grub || ukis.iter().any(|(_, name)| name.slot == slot && name.damaged))
     }
 
     /// Marks a slot in both boot loaders, waits until it is on the disk, and reads it back.
@@ -105,6 +119,13 @@ impl Esp {
         let flushed = fat.device().0.sync_all().map_err(|error| format!("cannot be written: {error}"));
         uki.and(grub).and(flushed).map_err(|error| self.say(error))?;
         if self.is_marked(slot, mark)? { Ok(()) } else { Err(self.say("does not keep what is written".into())) }
+    }
+}
+
+fn says(name: &UkiName, mark: Mark) -> bool {
+    match mark {
+        Mark::Good => name.state == State::Good,
+        Mark::Damaged => name.damaged,
     }
 }
 
@@ -128,8 +149,8 @@ fn mark_uki(fat: &mut Fat<Node>, slot: Slot, mark: Mark) -> Result<(), String> {
     for (entry, name) in ukis(fat)? {
         if name.slot == slot {
             found = true;
-            let new = if mark == Mark::Good { name.good() } else { name.bad() };
-            if new != entry.name {
+            if !says(&name, mark) {
+                let new = if mark == Mark::Good { name.good() } else { name.bad() };
                 fat.rename(&entry, &new)?;
             }
         }

@@ -19,7 +19,8 @@ pub fn current() -> Result<(Found, Esp), String> {
     Ok((found, esp))
 }
 
-/// Marks the slot that runs as good, when it is not so already.
+/// Marks the slot that runs as good, when it is not so already. One that is damaged stays bad although this boot did
+/// not meet the damage.
 ///
 /// # Errors
 /// When the ESP cannot be changed.
@@ -28,6 +29,9 @@ pub fn bless() -> Result<(), String> {
     let letter = found.slot.letter();
     if esp.is_marked(found.slot, Mark::Good)? {
         return say(&format!("slot {letter} is good already\n"));
+    }
+    if esp.is_damaged(found.slot)? {
+        return say(&format!("slot {letter} is damaged: it stays bad until it is written anew\n"));
     }
     esp.mark(found.slot, Mark::Good)?;
     say(&format!("slot {letter} is good\n"))

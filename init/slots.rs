@@ -70,7 +70,13 @@ pub struct UkiName {
     pub generation: u32,
     pub slot: Slot,
     pub state: State,
+    /// Bad because its bytes are, not because its tries are over.
+    pub damaged: bool,
 }
+
+/// Tries done that no boot loader counts up to: they say that the slot is damaged. Two digits, as the name of a
+/// UKI must not need another record of its folder.
+const DAMAGED: u32 = 90;
 
 impl UkiName {
     /// `None` for a file that is not ours.
@@ -81,18 +87,19 @@ impl UkiName {
         let (generation, slot) = stem.strip_prefix("pipeline_")?.split_once('_')?;
         let slot = Slot::ALL.into_iter().find(|each| each.letter() == slot)?;
         let number = |text: &str| text.bytes().all(|byte| byte.is_ascii_digit()).then(|| text.parse::<u32>().ok())?;
-        let state = match counter {
-            None => State::Good,
+        let (state, done) = match counter {
+            None => (State::Good, 0),
             Some(counter) => {
                 let (left, done) = counter.split_once('-').unwrap_or((counter, "0"));
-                number(done)?;
-                match number(left)? {
+                let state = match number(left)? {
                     0 => State::Bad,
                     left => State::Trying(left),
-                }
+                };
+                (state, number(done)?)
             }
         };
-        Some(Self { stem: name[..stem.len()].to_string(), generation: number(generation)?, slot, state })
+        let damaged = state == State::Bad && done >= DAMAGED;
+        Some(Self { stem: name[..stem.len()].to_string(), generation: number(generation)?, slot, state, damaged })
     }
 
     /// The name that says good.
@@ -100,9 +107,9 @@ impl UkiName {
         format!("{}.efi", self.stem)
     }
 
-    /// The name that says bad.
+    /// The name that says damaged.
     pub fn bad(&self) -> String {
-        format!("{}+0.efi", self.stem)
+        format!("{}+0-{DAMAGED}.efi", self.stem)
     }
 }
 
@@ -121,8 +128,18 @@ pub fn grub_state(variables: &[(String, String)], slot: Slot) -> State {
     }
 }
 
-/// The changes that mark a slot in GRUB's variables.
+/// The changes that mark a slot good or damaged in GRUB's variables.
 pub fn grub_marks(slot: Slot, good: bool) -> Vec<(String, &'static str)> {
     let letter = slot.letter();
-    vec![(format!("good_{letter}"), if good { "1" } else { "0" }), (format!("tries_{letter}"), "0")]
+    let mut marks = vec![(format!("good_{letter}"), if good { "1" } else { "0" }), (format!("tries_{letter}"), "0")];
+    if !good {
+        marks.push((format!("damaged_{letter}"), "1"));
+    }
+    marks
+}
+
+/// Whether a slot is marked damaged in GRUB's variables.
+pub fn is_grub_damaged(variables: &[(String, String)], slot: Slot) -> bool {
+    let name = format!("damaged_{}", slot.letter());
+    variables.iter().any(|(key, value)| *key == name && value == "1")
 }

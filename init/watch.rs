@@ -40,7 +40,7 @@ pub fn watch() -> Result<(), String> {
         };
     }
     let states = esp.states();
-    let marked = esp.mark(found.slot, Mark::Bad);
+    let marked = esp.mark(found.slot, Mark::Damaged);
     let title = format!("SLOT {} IS DAMAGED: a block of the root does not fit its hash", found.slot.letter().to_uppercase());
     let other = states.is_ok_and(|states| states[found.slot.other() as usize].bootable());
     let error = marked.err().unwrap_or_default();

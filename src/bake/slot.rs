@@ -54,7 +54,8 @@ pub fn install(store: &Store, disk: &Disk, raw: &File, slot: Slot, tries: u32) -
     let other = if slot == Slot::A { Slot::B } else { Slot::A };
     let bios = disk.parts.contains_key(&Part::GrubCore);
     if bios {
-        mark(&mut volume, &[(&format!("good_{}", slot.name()), "0"), (&format!("tries_{}", slot.name()), "0")])?;
+        let variables = ["good", "tries", "damaged"].map(|name| format!("{name}_{}", slot.name()));
+        mark(&mut volume, &variables.each_ref().map(|name| (name.as_str(), "0")))?;
     }
     let mut root_hash = [0; 32];
     hex::decode_to_slice(&disk.config.root_hash, &mut root_hash).context("the disk's root hash")?;

@@ -22,7 +22,7 @@ use crate::oci::digest::Digest;
 /// One thing that can go.
 #[derive(Debug, Clone, PartialEq, Eq, Serialize)]
 pub struct Unneeded {
-    /// `blob`, `tree`, `step`, `package`, `source`, `disk`.
+    /// `blob`, `tree`, `step`, `package`, `source`, `disk`, `bake`.
     pub kind: &'static str,
     pub path: PathBuf,
     /// Bytes on disk, as far as they can be read.
@@ -103,6 +103,12 @@ pub fn plan(store: &Store, keep: usize, locks: &[lock::Lock]) -> Result<Vec<Unne
     // A raw disk can be written again from its artifact.
     collect(&mut unneeded, "disk", &store.cache("disks"), &|name| {
         name.starts_with('.') || blobs.contains(name.split('.').next().unwrap_or(name))
+    })?;
+    collect(&mut unneeded, "bake", &store.cache("bakes"), &|name| {
+        let bytes = fs_err::read(store.cache("bakes").join(name)).unwrap_or_default();
+        let record: Option<serde_json::Value> = serde_json::from_slice(&bytes).ok();
+        let disk = record.as_ref().and_then(|record| record["disk"].as_str()?.parse::<Digest>().ok());
+        name.starts_with('.') || disk.is_some_and(|disk| blobs.contains(&disk.hex()))
     })?;
     collect(&mut unneeded, "package", &store.cache("debs"), &|name| {
         !is_package(name) || packages.contains(name.split('.').next().unwrap_or(name))

@@ -39,16 +39,23 @@ pub fn blobs(store: &Store, digest: &Digest) -> Result<Verified> {
 }
 
 /// Builds the pipeline in an empty store, with nothing but downloaded packages taken over, and
-/// compares. The store is made in `scratch` and is the caller's to remove.
-pub fn rebuild(context: &Build<'_>, pipeline: &Pipeline, digest: &Digest, scratch: &std::path::Path) -> Result<Verified> {
+/// compares its image, or its host when `digest` is one. The store is made in `scratch` and is the caller's to remove.
+pub fn rebuild(
+    context: &Build<'_>,
+    pipeline: &Pipeline,
+    digest: &Digest,
+    is_host: bool,
+    scratch: &std::path::Path,
+) -> Result<Verified> {
     let mut verified = blobs(context.store, digest)?;
     let empty = Store::open(scratch)?;
     let debs = context.debs();
     let again = Build { store: &empty, debs: Some(&debs), ..*context };
     let built = build(&again, pipeline, &Options { locked: true, untagged: true, ..Options::default() })?;
-    verified.rebuilt = Some(built.digest);
-    if built.digest != *digest {
-        verified.difference = Some(difference(context.store, digest, &empty, &built.digest)?);
+    let again = built.host.filter(|_| is_host).map_or(built.digest, |host| host.digest);
+    verified.rebuilt = Some(again);
+    if again != *digest {
+        verified.difference = Some(difference(context.store, digest, &empty, &again)?);
     }
     // Trees belong to mapped ids: only the unshare process may remove them.
     let session = context.session(false)?;

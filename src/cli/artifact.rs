@@ -310,11 +310,16 @@ fn pull(global: &Global, around: &ui::Surroundings, reference: &str) -> Result<u
 fn verify(global: &Global, around: &ui::Surroundings, wanted: &str, rebuild: bool) -> Result<u8> {
     let (name, descriptor) = find(&around.store, wanted)?;
     let verified = if rebuild {
+        if name.ends_with(".disk") {
+            return Err(Problem::usage(format!("`{name}` is baked, not built"))
+                .hint("verify its host with --rebuild; `pipeline bake` of the same host gives the same disk")
+                .into());
+        }
         signals::watch()?;
         let pipeline = around.pipeline(name.split(':').next())?;
         // Beside the store: the same file system, and room for a second one.
         let scratch = around.store.cache("work").join(format!("rebuild-{}", std::process::id()));
-        let result = verify::rebuild(&around.build(), &pipeline, &descriptor.digest, &scratch);
+        let result = verify::rebuild(&around.build(), &pipeline, &descriptor.digest, name.ends_with(".host"), &scratch);
         around.progress.finish();
         result?
     } else {

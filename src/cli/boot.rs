@@ -15,7 +15,7 @@ use crate::error::Problem;
 use crate::progress::Progress as _;
 use crate::vm::accelerator::{self, Choice, Wanted};
 use crate::vm::boot::{self, Left};
-use crate::vm::disk::{self, App, DiskToBoot};
+use crate::vm::disk::{self, DiskToBoot};
 use crate::vm::machine::{Environment, Machine};
 use crate::vm::settings::{Board, Bus, CPUS, Card, Content, Credential, Disk, Firmware, Forward, MEMORY, Settings};
 use crate::vm::work::Folder;
@@ -139,9 +139,7 @@ pub fn find_disk(store: &Store, name: &str) -> Result<DiskToBoot> {
             .hint(format!("bake it first: `pipeline bake {base}`; a file is named with its ending, or with a `/`"))
             .into());
     };
-    let apps = found.config.apps.iter();
-    let apps = apps.map(|app| App { name: app.name.clone(), port: app.port, health: app.health.clone() }).collect();
-    Ok(DiskToBoot { name: name.into(), path: bake::disk::raw(store, &found)?, apps })
+    Ok(DiskToBoot { name: name.into(), path: bake::disk::raw(store, &found)?, apps: found.config.apps })
 }
 
 pub fn run(global: &Global, args: Args) -> Result<u8> {

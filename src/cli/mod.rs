@@ -119,10 +119,11 @@ pub fn main() -> ExitCode {
         crate::fault::arm(nth);
     }
     let json_errors = matches!(cli.global.progress, progress::How::Json);
+    let keeps_steps = matches!(cli.verb, Some(Verb::Build(_) | Verb::Update(_) | Verb::Bake(_)));
     let code = match dispatch(cli) {
         Ok(code) => code,
         // What ended under us because we were told to stop is no failure of its own.
-        Err(_) if signals::exit_code().is_some() => ui::fail(&signals::stopped(), json_errors),
+        Err(_) if signals::exit_code().is_some() => ui::fail(&signals::stopped(keeps_steps), json_errors),
         Err(error) => ui::fail(&error, json_errors),
     };
     if counts_faults {

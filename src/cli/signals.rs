@@ -37,12 +37,16 @@ pub fn exit_code() -> Option<u8> {
     }
 }
 
-/// The error of a flow that a signal ended.
-pub fn stopped() -> anyhow::Error {
+/// The error of a flow that a signal ended; `keeps_steps`: the same command goes on where this one was.
+pub fn stopped(keeps_steps: bool) -> anyhow::Error {
     let name = match CAUGHT.load(Ordering::SeqCst) {
         SIGINT => "SIGINT (^C)",
         SIGTERM => "SIGTERM",
         _ => "SIGHUP",
     };
-    Problem::failed(format!("stopped by {name}")).hint("finished steps are kept: the same command goes on from there").into()
+    let problem = Problem::failed(format!("stopped by {name}"));
+    if keeps_steps {
+        return problem.hint("finished steps are kept: the same command goes on from there").into();
+    }
+    problem.into()
 }

@@ -263,6 +263,21 @@ impl Gpt {
         }
     }
 
+    /// The primary copy in `start`, the first [`PRIMARY_SECTORS`] of a disk.
+    ///
+    /// # Errors
+    /// `InvalidData` when it is not whole.
+    pub fn of_start(start: &[u8]) -> io::Result<Self> {
+        let read = |bytes: &mut [u8], at: u64| {
+            let from = usize::try_from(at).ok().and_then(|at| start.get(at..at + bytes.len()));
+            bytes.copy_from_slice(from.ok_or(io::ErrorKind::UnexpectedEof)?);
+            Ok(())
+        };
+        let (table, _) = read_copy(&read, 1)
+            .map_err(|error| io::Error::new(io::ErrorKind::InvalidData, format!("partition table: {error}")))?;
+        Ok(table)
+    }
+
     /// Reads the better copy, and everything that is wrong with either.
     ///
     /// # Errors
@@ -275,12 +290,13 @@ impl Gpt {
         if record[450] != 0xee || record[454..458] != [1, 0, 0, 0] || record[510..] != [0x55, 0xaa] {
             problems.push("there is no protective record".into());
         }
-        let primary = read_copy(disk, 1).map_err(|error| format!("primary copy: {error}"));
+        let read = |bytes: &mut [u8], at: u64| disk.read_exact_at(bytes, at);
+        let primary = read_copy(&read, 1).map_err(|error| format!("primary copy: {error}"));
         let last = match &primary {
             Ok((table, _)) => table.sectors - 1,
             Err(_) => sectors.saturating_sub(1),
         };
-        let backup = read_copy(disk, last).map_err(|error| format!("backup copy: {error}"));
+        let backup = read_copy(&read, last).map_err(|error| format!("backup copy: {error}"));
         match (primary, backup) {
             (Ok((table, _)), Ok((other, _))) => {
                 if table.sectors != sectors {
@@ -304,10 +320,13 @@ impl Gpt {
     }
 }
 
+/// Fills a buffer with what is at an offset of a disk.
+type ReadAt<'a> = &'a dyn Fn(&mut [u8], u64) -> io::Result<()>;
+
 /// One copy, whose header is in sector `own`, and that sector.
-fn read_copy(disk: &File, own: u64) -> Result<(Gpt, u64), String> {
+fn read_copy(read: ReadAt<'_>, own: u64) -> Result<(Gpt, u64), String> {
     let mut header = [0; SECTOR_BYTES];
-    disk.read_exact_at(&mut header, own.saturating_mul(SECTOR)).map_err(|error| error.to_string())?;
+    read(&mut header, own.saturating_mul(SECTOR)).map_err(|error| error.to_string())?;
     let u32_at = |at: usize| u32::from_le_bytes([header[at], header[at + 1], header[at + 2], header[at + 3]]);
     let u64_at = |at: usize| u64::from(u32_at(at)) | u64::from(u32_at(at + 4)) << 32;
     if &header[..8] != b"EFI PART" {
@@ -322,7 +341,7 @@ fn read_copy(disk: &File, own: u64) -> Result<(Gpt, u64), String> {
         return Err("the header is not this sector's, or the table has not 128 entries of 128 bytes".into());
     }
     let mut entries = vec![0; ENTRIES * ENTRY];
-    disk.read_exact_at(&mut entries, u64_at(72).saturating_mul(SECTOR)).map_err(|error| error.to_string())?;
+    read(&mut entries, u64_at(72).saturating_mul(SECTOR)).map_err(|error| error.to_string())?;
     if crc32(&entries) != u32_at(88) {
         return Err("the checksum of the entries is wrong".into());
     }
@@ -388,6 +407,16 @@ mod tests {
             disk: Guid([7; 16]),
             sectors: 8192,
             partitions: vec![partition(1, 2048, 4095, "root-ä"), partition(4, 4096, 6143, "b")],
+        }
+    }
+
+    #[test]
+    fn the_start_of_a_disk_is_enough() {
+        let start = table().primary().unwrap();
+        assert_eq!(Gpt::of_start(&start).unwrap(), table());
+        for cut in [0, 600, start.len() - 1] {
+            let error = Gpt::of_start(&start[..cut]).unwrap_err();
+            assert_eq!(error.kind(), io::ErrorKind::InvalidData, "{cut}");
         }
     }
 

@@ -10,10 +10,10 @@ use std::time::{Duration, Instant};
 use anyhow::{Context as _, Result};
 
 use super::Tools;
-use super::disk::App;
 use super::machine::{End, Machine, Trouble};
 use super::settings::Forward;
 use super::work::Folder;
+use crate::artifact::disk::App;
 use crate::cmd::Cmd;
 use crate::error::Problem;
 
@@ -294,7 +294,7 @@ mod tests {
     fn applications_get_their_own_port_where_it_is_free() {
         let taken = std::net::TcpListener::bind("127.0.0.1:0").unwrap();
         let busy = taken.local_addr().unwrap().port();
-        let app = |name: &str, port| App { name: name.into(), port, health: None };
+        let app = |name: &str, port| App { name: name.into(), image: String::new(), port, health: None, uid_base: 0 };
         let apps = [app("a", Some(busy)), app("b", None), app("c", Some(80)), app("d", Some(22))];
         let wanted = [Forward { host: Some(2222), guest: 22 }];
         let expected =

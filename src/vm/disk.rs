@@ -3,12 +3,13 @@
 use std::path::{Path, PathBuf};
 
 use anyhow::{Context as _, Result};
-use serde::{Deserialize, Serialize};
+use serde::Deserialize;
 
 use super::Tools;
 use super::command::Drive;
 use super::settings::{Content, Disk, Format};
 use super::work::Folder;
+use crate::artifact::disk::App;
 use crate::cmd::Cmd;
 use crate::error::Problem;
 
@@ -30,18 +31,6 @@ pub struct DiskToBoot {
     pub path: PathBuf,
     /// What the disk's artifact says runs on it; empty for a file.
     pub apps: Vec<App>,
-}
-
-/// An application on the disk.
-#[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
-pub struct App {
-    pub name: String,
-    /// TCP port in the guest.
-    #[serde(default)]
-    pub port: Option<u16>,
-    /// In the form of the label `io.pipeline.health`.
-    #[serde(default)]
-    pub health: Option<serde_json::Value>,
 }
 
 /// Finds a disk by the name somebody wrote.

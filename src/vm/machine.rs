@@ -70,6 +70,8 @@ pub enum Trouble {
     /// The line on the console.
     #[error("the guest panicked: {0}")]
     Panicked(String),
+    #[error("the guest, or its agent, started anew while the command ran")]
+    Restarted,
     #[error("the machine {0}")]
     Ended(End),
     #[error(transparent)]
@@ -494,9 +496,7 @@ impl<'a> Machine<'a> {
         });
         match result {
             Ok(State::Done(output)) => Ok(output),
-            Ok(_) => {
-                Err(anyhow::Error::new(Problem::failed("the guest, or its agent, started anew while the command ran")).into())
-            }
+            Ok(_) => Err(Trouble::Restarted),
             Err(Trouble::Failed(error)) if !self.is_running() => {
                 Err(if self.end == End::Cut { Trouble::Failed(error) } else { Trouble::Ended(self.end.clone()) })
             }

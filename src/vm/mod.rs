@@ -16,7 +16,6 @@ pub mod command;
 pub mod console;
 pub mod disk;
 pub mod firmware;
-pub mod gpt;
 pub mod http;
 pub mod machine;
 pub mod qmp;

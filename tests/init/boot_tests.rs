@@ -1,7 +1,7 @@
 //! Names, counters, and what firmware and kernel say.
 
 use crate::alias::{matches, parse_aliases, parse_list};
-use crate::slots::{Slot, State, UkiName, grub_marks, grub_state};
+use crate::slots::{Slot, State, UkiName, grub_marks, grub_state, is_grub_damaged};
 use crate::wording::{ForApp, app_owner, environment, filled, for_app, is_hostname, owner};
 use crate::{cmdline, grubenv, kmsg, smbios};
 
@@ -43,12 +43,15 @@ fn uki_names_tell_slot_and_state() {
         assert_eq!(found, wanted, "{name}");
     }
     let uki = UkiName::parse("pipeline_000002_b+2-1.efi").unwrap();
-    assert_eq!((uki.good().as_str(), uki.bad().as_str()), ("pipeline_000002_b.efi", "pipeline_000002_b+0.efi"));
+    assert_eq!((uki.good().as_str(), uki.bad().as_str()), ("pipeline_000002_b.efi", "pipeline_000002_b+0-90.efi"));
+    let damaged =
+        ["pipeline_000002_b+0-90.efi", "pipeline_000002_b+0-91.efi", "pipeline_000002_b+0-3.efi", "pipeline_000002_b+2-90.efi"];
+    assert_eq!(damaged.map(|name| UkiName::parse(name).unwrap().damaged), [true, true, false, false]);
 }
 
 #[test]
 fn all_names_of_a_slot_need_the_same_number_of_records() {
-    for counter in ["", "+3", "+2-1", "+1-2", "+0-3", "+0"] {
+    for counter in ["", "+3", "+2-1", "+1-2", "+0-3", "+0-90"] {
         for generation in ["000001", "999999"] {
             let length = format!("pipeline_{generation}_a{counter}.efi").len();
             assert_eq!(length.div_ceil(13), 2, "{generation}{counter}");
@@ -80,6 +83,9 @@ fn grubenv_keeps_what_it_does_not_know() {
     assert_eq!((edited.len(), &edited[..wanted.len()]), (1024, wanted.as_bytes()));
     assert!(edited[wanted.len()..].iter().all(|byte| *byte == b'#'));
     assert!(grubenv::edited(b"nothing", &[]).is_err());
+    let damaged = grubenv::edited(&block, &grub_marks(Slot::B, false)).unwrap();
+    let [before, after] = [&block, &damaged].map(|block| is_grub_damaged(&grubenv::parse(block).unwrap(), Slot::B));
+    assert_eq!((before, after), (false, true));
     assert_eq!(grubenv::edited(&block, &[("long".into(), &"x".repeat(1000))]).unwrap_err(), "grubenv is full");
 }
 

@@ -253,10 +253,10 @@ fn a_uki_is_renamed_in_place_and_mtools_and_fsck_agree() {
     let folder = tempfile::tempdir().unwrap();
     let path = esp(folder.path());
     let steps = [
-        ("pipeline_000001_a.efi", "pipeline_000001_a+0.efi"),
+        ("pipeline_000001_a.efi", "pipeline_000001_a+0-90.efi"),
         ("pipeline_000002_b+3.efi", "pipeline_000002_b+2-1.efi"),
         ("pipeline_000002_b+2-1.efi", "pipeline_000002_b.efi"),
-        ("pipeline_000001_a+0.efi", "pipeline_000001_a.efi"),
+        ("pipeline_000001_a+0-90.efi", "pipeline_000001_a.efi"),
     ];
     let mut names = vec!["pipeline_000001_a.efi", "pipeline_000002_b+3.efi", "other.efi"];
     for (old, new) in steps {

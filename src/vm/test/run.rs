@@ -12,6 +12,8 @@ use anyhow::{Context as _, Result};
 
 use super::types::{Action, Condition, Expect, Place, Step, VmTest, Which};
 use crate::artifact::store::{Hold, Lock};
+use crate::disk::gpt::{self, Gpt};
+use crate::disk::table::SECTOR;
 use crate::error::Problem;
 use crate::progress::{Event, Progress};
 use crate::vm::accelerator::Choice;
@@ -21,7 +23,7 @@ use crate::vm::disk::{self, DiskToBoot};
 use crate::vm::http::{self, Request};
 use crate::vm::machine::{Environment, Machine, Trouble};
 use crate::vm::settings::{Content, Disk, Firmware, Forward, Settings};
-use crate::vm::{Stop, Tools, gpt};
+use crate::vm::{Stop, Tools};
 
 /// Time between two questions to the guest: each costs it work.
 const AGAIN: Duration = Duration::from_secs(1);
@@ -329,6 +331,8 @@ impl Runner<'_> {
             match (ask(self, end), last.take()) {
                 (Ok(Ok(())), _) => return Ok(()),
                 (Ok(Err(unmet)), _) => last = Some(unmet),
+                // It comes up anew: not yet.
+                (Err(Fault::Trouble(Trouble::Restarted)), before) => last = before,
                 // Nothing came to the last question; what came before says more.
                 (Err(Fault::Trouble(Trouble::TimedOut)), Some((expected, came))) => return Err(Fault::Unmet(expected, came)),
                 (Err(fault), _) => return Err(fault),
@@ -535,7 +539,8 @@ impl Runner<'_> {
         let (start, size) = match partition {
             None => (0, None),
             Some(which) => {
-                let table = gpt::parse(&self.machine.read_disk(index, 0, gpt::BYTES)?)?;
+                let start = self.machine.read_disk(index, 0, gpt::PRIMARY_SECTORS * SECTOR)?;
+                let table = Gpt::of_start(&start).map_err(anyhow::Error::from)?.partitions;
                 let found = table.iter().find(|partition| match which {
                     Which::Number(number) => partition.number == *number,
                     Which::Name(name) => partition.name == *name,
@@ -544,7 +549,7 @@ impl Runner<'_> {
                     table.iter().map(|partition| format!("{} `{}`", partition.number, partition.name)).collect();
                 let found = found
                     .ok_or_else(|| Fault::Unmet(format!("partition {which:?}"), format!("there are {}", names.join(", "))))?;
-                (found.start, Some(found.size))
+                (found.first * SECTOR, Some((found.last + 1 - found.first) * SECTOR))
             }
         };
         let offset = match place {
