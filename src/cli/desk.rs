@@ -1,0 +1,163 @@
+//! What the verbs about environments share: where the ledger is, who decides, which environment is meant.
+
+use std::path::PathBuf;
+
+use anyhow::{Context as _, Result};
+use jiff::Timestamp;
+
+use super::{Global, ui};
+use crate::config::types::Pipeline;
+use crate::error::Problem;
+use crate::progress::Progress as _;
+use crate::release::desk::Desk;
+use crate::release::evidence::FromStore;
+use crate::release::gate::{self, Tested};
+use crate::release::ledger::{Ledger, Remote};
+use crate::release::sshsig::Signer;
+
+/// Key that signs decisions, instead of Git's `user.signingKey`.
+const SIGNING_KEY: &str = "PIPELINE_SIGNING_KEY";
+/// Address of the ledger's remote, instead of the pipeline file's.
+const REMOTE: &str = "PIPELINE_LEDGER";
+
+/// Everything a decision needs, opened.
+#[expect(missing_debug_implementations, reason = "parts of it have none")]
+pub struct Office {
+    pub around: ui::Surroundings,
+    pub ledger: Ledger,
+    pub remote: Option<Remote>,
+    name: String,
+    email: String,
+    signer: Option<Signer>,
+    network: gate::http::Network,
+    /// The pipeline file of this folder, when there is one.
+    pub here: Option<Pipeline>,
+}
+
+/// `PIPELINE/ENVIRONMENT`.
+#[derive(Debug, Clone, PartialEq, Eq)]
+pub struct Place {
+    pub pipeline: String,
+    pub environment: String,
+}
+
+impl Office {
+    /// Opens the ledger. `pipeline`: the one that is meant, where a verb names it.
+    pub fn open(global: &Global, pipeline: Option<&str>) -> Result<Self> {
+        let around = ui::Surroundings::new(global)?;
+        let here = match pipeline {
+            Some(name) => around.pipeline(Some(name)).ok(),
+            None => around.pipeline(None).ok(),
+        };
+        let settings = here.as_ref().map(|here| here.releases.ledger.clone()).unwrap_or_default();
+        let git = Git::read(&around)?;
+        let keys: Vec<PathBuf> = git.signing_key.iter().cloned().collect();
+        let url = around.host.variables.get(REMOTE).cloned().or(settings.remote);
+        let remote = url.map(|url| Remote::new(&url, &keys));
+        let state = around.store.state("ledger");
+        let ledger = Ledger::open(&state.join("ledger.git"), &state.join("seen.json"))?;
+        let signs = settings.sign || here.as_ref().is_some_and(|here| !here.releases.people.is_empty());
+        let asked = around.host.variables.contains_key(SIGNING_KEY);
+        let signer = match git.signing_key.filter(|_| signs || asked || git.signs) {
+            Some(file) => {
+                let agent = around.host.variables.get("SSH_AUTH_SOCK").map(PathBuf::from);
+                Some(Signer::open(&file, agent.as_deref())?)
+            }
+            None if settings.sign => {
+                return Err(Problem::usage("decisions are to be signed (`ledger.sign`), and there is no key")
+                    .hint(format!("`git config user.signingKey ~/.ssh/id_ed25519`, or {SIGNING_KEY}"))
+                    .into());
+            }
+            None => None,
+        };
+        let network = gate::http::Network { ca_bundle: around.host.ca_bundle.clone(), ..Default::default() };
+        Ok(Self { around, ledger, remote, name: git.name, email: git.email, signer, network, here })
+    }
+
+    /// Calls `work` with a desk.
+    pub fn sit<T>(&self, work: impl FnOnce(&Desk<'_>) -> Result<T>) -> Result<T> {
+        let boot = |digest: &_, test: &_| super::test::boot_for_gate(&self.around, digest, test) as Result<Tested>;
+        let evidence = FromStore { store: &self.around.store, cwd: &self.around.cwd, network: &self.network, boot: &boot };
+        let clock = || Timestamp::now();
+        let desk = Desk {
+            ledger: &self.ledger,
+            remote: self.remote.as_ref(),
+            name: self.name.clone(),
+            email: self.email.clone(),
+            signer: self.signer.as_ref(),
+            evidence: &evidence,
+            clock: &clock,
+            progress: &self.around.progress,
+        };
+        let result = work(&desk);
+        self.around.progress.finish();
+        result
+    }
+
+    /// What `text` means: `shop/prod`, or `prod` of the pipeline `-p` names or this folder has.
+    pub fn place(&self, text: &str, pipeline: Option<&str>) -> Result<Place> {
+        if let Some((pipeline, environment)) = text.split_once('/') {
+            return Ok(Place { pipeline: pipeline.into(), environment: environment.into() });
+        }
+        Ok(Place { pipeline: self.pipeline(pipeline)?, environment: text.into() })
+    }
+
+    /// The pipeline's name: as given, or of this folder.
+    pub fn pipeline(&self, given: Option<&str>) -> Result<String> {
+        match given {
+            Some(name) => Ok(name.into()),
+            None => self.here.as_ref().map(|here| here.name.to_string()).ok_or_else(|| {
+                Problem::usage("which pipeline?").hint("write PIPELINE/ENVIRONMENT, or `-p PIPELINE`").into()
+            }),
+        }
+    }
+
+    pub fn name(&self) -> &str {
+        &self.name
+    }
+
+    /// Says when nobody checks who decides.
+    pub fn say_unchecked(&self, has_people: bool) {
+        if !has_people {
+            let name = &self.name;
+            self.around.progress.note(format!("deciding as `{name}`, as Git says; `people:` in the pipeline file makes keys count"));
+        }
+    }
+}
+
+/// What Git knows of who works here.
+struct Git {
+    name: String,
+    email: String,
+    signing_key: Option<PathBuf>,
+    /// `commit.gpgSign` with SSH keys.
+    signs: bool,
+}
+
+impl Git {
+    fn read(around: &ui::Surroundings) -> Result<Self> {
+        let config = match git2::Repository::discover(&around.cwd) {
+            Ok(repository) => repository.config(),
+            Err(_) => git2::Config::open_default(),
+        };
+        let config = config.and_then(|mut config| config.snapshot()).context("cannot read Git's settings")?;
+        let variable = |name: &str| around.host.variables.get(name).filter(|value| !value.is_empty()).cloned();
+        let get = |key: &str| config.get_string(key).ok().filter(|value| !value.is_empty());
+        let name = variable("GIT_AUTHOR_NAME").or_else(|| get("user.name"));
+        let Some(name) = name else {
+            return Err(Problem::usage("Git does not know who you are, and the ledger keeps who decided")
+                .hint("`git config --global user.name NAME` and `user.email`, or GIT_AUTHOR_NAME and GIT_AUTHOR_EMAIL")
+                .into());
+        };
+        let email = variable("GIT_AUTHOR_EMAIL").or_else(|| get("user.email")).unwrap_or_else(|| "unknown".into());
+        let is_ssh = get("gpg.format").is_some_and(|format| format == "ssh");
+        let home = around.host.home.clone();
+        let expand = |path: String| match (path.strip_prefix("~/"), &home) {
+            (Some(rest), Some(home)) => home.join(rest),
+            _ => PathBuf::from(path),
+        };
+        let signing_key = variable(SIGNING_KEY).or_else(|| get("user.signingkey").filter(|_| is_ssh)).map(expand);
+        let signs = is_ssh && config.get_bool("commit.gpgsign").unwrap_or(false);
+        Ok(Self { name, email, signing_key, signs })
+    }
+}

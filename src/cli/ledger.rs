@@ -1,0 +1,86 @@
+//! `pipeline ledger path|verify|accept` and `keys generate`.
+
+use std::fmt::Write as _;
+use std::path::PathBuf;
+
+use anyhow::{Context as _, Result};
+use serde_json::json;
+
+use super::desk::Office;
+use super::{Global, ui};
+use crate::artifact::keys::{self, PrivateKey};
+use crate::release::audit;
+
+#[derive(Debug, clap::Subcommand)]
+pub enum Verb {
+    /// Print where the ledger's Git repository is
+    Path,
+    /// Check the whole history: objects, chain, signatures, and that every state follows from its decisions
+    Verify,
+    /// Take the history as it is for the right one, after it was rewritten and somebody has looked at why
+    Accept,
+}
+
+#[derive(Debug, clap::Subcommand)]
+pub enum KeysVerb {
+    /// Make a key pair for signing releases, as cosign has them: NAME.key and NAME.pub
+    Generate {
+        /// Name of the files
+        #[arg(default_value = "pipeline")]
+        name: String,
+        /// Folder they are written to
+        #[arg(long, short, value_name = "DIR", default_value = ".")]
+        output: PathBuf,
+    },
+}
+
+/// Password of a private key; the same variable as cosign's.
+pub const PASSWORD: &str = "COSIGN_PASSWORD";
+
+pub fn run(global: &Global, verb: Verb) -> Result<u8> {
+    let office = Office::open(global, None)?;
+    match verb {
+        Verb::Path => {
+            let path = office.ledger.dir();
+            ui::answer(global, &json!({"schema": 1, "path": path}), || format!("{}\n", path.display()))?;
+            Ok(0)
+        }
+        Verb::Verify => {
+            let verified = audit::verify(&office.ledger)?;
+            let findings: Vec<_> = verified
+                .findings
+                .iter()
+                .map(|finding| json!({"commit": finding.commit.map(|id| id.to_string()), "problem": finding.problem}))
+                .collect();
+            let value = json!({"schema": 1, "tip": verified.tip.map(|id| id.to_string()), "decisions": verified.commits, "signed": verified.signed, "findings": findings});
+            ui::answer(global, &value, || {
+                let mut text = String::new();
+                for finding in &verified.findings {
+                    let commit = finding.commit.map_or("the ledger".to_owned(), |id| id.to_string()[..12].to_owned());
+                    let _ = writeln!(text, "{commit}: {}", finding.problem);
+                }
+                let good = if verified.findings.is_empty() { "sound" } else { "NOT SOUND" };
+                text + &format!("{good}: {} decisions, {} of them signed\n", verified.commits, verified.signed)
+            })?;
+            Ok(u8::from(!verified.findings.is_empty()))
+        }
+        Verb::Accept => {
+            office.ledger.accept()?;
+            Ok(0)
+        }
+    }
+}
+
+pub fn keys(global: &Global, verb: KeysVerb) -> Result<u8> {
+    let KeysVerb::Generate { name, output } = verb;
+    let host = ui::host(global)?;
+    let key = PrivateKey::generate();
+    let password = host.variables.get(PASSWORD).map(|password| password.as_bytes().to_vec());
+    let (private, public) = keys::write_pair(&output, &name, &key, password.as_deref()).context("cannot write the keys")?;
+    let value = json!({"schema": 1, "private": private, "public": public, "fingerprint": key.public().fingerprint().to_string(), "encrypted": password.is_some()});
+    ui::answer(global, &value, || {
+        let how = if password.is_some() { format!("encrypted with {PASSWORD}") } else { format!("not encrypted; {PASSWORD} would do that") };
+        format!("{}: keep it secret; {how}\n{}: for `signed: {{ keys: […] }}` and `cosign verify --key`\n", private.display(), public.display())
+    })?;
+    Ok(0)
+}

@@ -1,0 +1,289 @@
+//! `pipeline promote`, `rollback`, `config set` and `secret set`: decisions that gates are asked about.
+
+use std::fmt::Write as _;
+
+use anyhow::Result;
+use jiff::Timestamp;
+use serde_json::json;
+
+use super::desk::{Office, Place};
+use super::{Global, report, ui};
+use crate::error::Problem;
+use crate::oci::digest::Digest;
+use crate::release::decision::Verdict;
+use crate::release::desk::{self, Ask, Desk, Loaded, Outcome};
+use crate::release::promotion::{self, Action, Back, Candidate, Plan};
+
+/// Exit status when something has to serve the release before it counts.
+const UNSERVED: u8 = 75;
+
+/// What all decisions with gates take.
+#[derive(Debug, clap::Args)]
+pub struct Reasons {
+    /// Why; kept in the ledger
+    #[arg(long, short = 'm', value_name = "TEXT", default_value = "")]
+    reason: String,
+    /// Go past this gate, or `freeze`; needs a reason, and the role `override` where there are people
+    #[arg(long = "override", value_name = "GATE")]
+    overrides: Vec<String>,
+    /// Show what would happen, with every gate's answer, and stop
+    #[arg(long)]
+    dry_run: bool,
+    /// Do not say that something has to serve the release by exit status 75
+    #[arg(long)]
+    no_wait: bool,
+    /// Write the gates' answers as JUnit XML
+    #[arg(long, value_name = "FILE")]
+    junit: Option<std::path::PathBuf>,
+}
+
+#[derive(Debug, clap::Args)]
+pub struct PromoteArgs {
+    /// Name of the pipeline; default: the one of this folder
+    pipeline: Option<String>,
+    /// The environment it goes to, also as PIPELINE/ENVIRONMENT
+    #[arg(long, value_name = "ENVIRONMENT", required_unless_present = "automatic")]
+    to: Option<String>,
+    /// The release: a version, or a digest or the start of one; default: the newest that may come
+    #[arg(long, value_name = "RELEASE")]
+    release: Option<String>,
+    /// Lift the hold that is there
+    #[arg(long)]
+    lift: bool,
+    /// Promote whatever may come by itself now, in the whole pipeline
+    #[arg(long, conflicts_with_all = ["to", "release", "lift"])]
+    automatic: bool,
+    #[command(flatten)]
+    reasons: Reasons,
+}
+
+#[derive(Debug, clap::Args)]
+pub struct RollbackArgs {
+    /// PIPELINE/ENVIRONMENT, or ENVIRONMENT of this folder's pipeline
+    environment: String,
+    /// Name of the pipeline
+    #[arg(long, short, value_name = "NAME")]
+    pipeline: Option<String>,
+    /// Go back to this release: a version, or a digest or the start of one; default: the last that was healthy
+    #[arg(long, value_name = "RELEASE")]
+    to: Option<String>,
+    #[command(flatten)]
+    reasons: Reasons,
+}
+
+pub fn promote(global: &Global, args: PromoteArgs) -> Result<u8> {
+    let (pipeline, environment) = match (&args.to, &args.pipeline) {
+        (Some(to), given) => match to.split_once('/') {
+            Some((pipeline, environment)) => (Some(pipeline.to_owned()), environment.to_owned()),
+            None => (given.clone(), to.clone()),
+        },
+        (None, given) => (given.clone(), String::new()),
+    };
+    let office = Office::open(global, pipeline.as_deref())?;
+    let pipeline = office.pipeline(pipeline.as_deref())?;
+    if args.automatic {
+        let outcomes = office.sit(|desk| desk.automatic(&pipeline))?;
+        ui::answer(global, &json!({"schema": 1, "outcomes": outcomes}), || outcomes.iter().map(text).collect())?;
+        return Ok(0);
+    }
+    let place = Place { pipeline, environment };
+    let (outcome, people) = office.sit(|desk| {
+        desk.sync(false)?;
+        let loaded = desk.load(&place.pipeline)?;
+        let action = coming(&office, &loaded, &place.environment, args.release.as_deref())?;
+        let ask = args.reasons.ask(args.lift);
+        Ok((desk.decide(&place.pipeline, &place.environment, &action, &ask)?, !loaded.policy.people.is_empty()))
+    })?;
+    office.say_unchecked(people);
+    finish(global, &args.reasons, outcome)
+}
+
+pub fn rollback(global: &Global, args: RollbackArgs) -> Result<u8> {
+    let office = Office::open(global, args.environment.split_once('/').map(|(name, _)| name).or(args.pipeline.as_deref()))?;
+    let place = office.place(&args.environment, args.pipeline.as_deref())?;
+    let (outcome, people) = office.sit(|desk| {
+        let loaded = desk.load(&place.pipeline)?;
+        let back = match &args.to {
+            None => Back::Last,
+            Some(wanted) => Back::To(in_history(desk, &loaded, &place, wanted)?),
+        };
+        let outcome = desk.decide(&place.pipeline, &place.environment, &Action::Rollback(back), &args.reasons.ask(false))?;
+        Ok((outcome, !loaded.policy.people.is_empty()))
+    })?;
+    office.say_unchecked(people);
+    finish(global, &args.reasons, outcome)
+}
+
+impl Reasons {
+    pub fn ask(&self, lift: bool) -> Ask<'_> {
+        Ask { reason: &self.reason, overrides: &self.overrides, lift, dry_run: self.dry_run }
+    }
+}
+
+/// What a promotion to `environment` brings.
+fn coming(office: &Office, loaded: &Loaded, environment: &str, wanted: Option<&str>) -> Result<Action> {
+    let view = loaded.view();
+    let policy = loaded.policy.environment(environment).map_err(Problem::from)?;
+    let pipeline = &loaded.policy.pipeline;
+    if let Some(wanted) = wanted
+        && let Some(found) = desk::known_release(loaded, environment, wanted)
+    {
+        return Ok(enter_or_promote(policy.from.names().is_empty(), found));
+    }
+    if policy.from.names().is_empty() {
+        let made = super::release::find(&office.around.store, pipeline, wanted)?;
+        let author = Some(office.name().to_owned());
+        return Ok(Action::Enter(Candidate { release: made.digest, version: made.version, author }));
+    }
+    if let Some(wanted) = wanted {
+        let upstream = policy.from.names().join("`, `");
+        // The rules say why a release that is nowhere upstream may not come; a name that nobody knows is another thing.
+        if let Ok(made) = super::release::find(&office.around.store, pipeline, Some(wanted)) {
+            return Ok(Action::Promote(Candidate { release: made.digest, version: made.version, author: None }));
+        }
+        return Err(Problem::usage(format!("`{pipeline}` has no release `{wanted}` in `{upstream}`"))
+            .hint(format!("`pipeline history {pipeline}/{}` shows what was there", policy.from.names()[0]))
+            .into());
+    }
+    if let Some(found) = promotion::candidate(view, environment).map_err(Problem::from)? {
+        return Ok(Action::Promote(found));
+    }
+    // Nothing new upstream: a configuration may wait for the release that is here.
+    let state = view.state(environment).map_err(Problem::from)?;
+    if let Some(current) = &state.current
+        && state.configuration(policy) != current.config
+    {
+        let (release, version, author) = (current.release, current.version.clone(), current.author.clone());
+        return Ok(Action::Promote(Candidate { release, version, author }));
+    }
+    let upstream: Vec<String> = policy.from.names().iter().map(|name| format!("`{pipeline}/{name}`")).collect();
+    let problem = Problem::failed(format!("nothing new can come to `{pipeline}/{environment}` from {}", upstream.join(" or ")));
+    Err(problem.hint("`pipeline status` shows what is where; `--release` names one that was there before").into())
+}
+
+fn enter_or_promote(enters: bool, candidate: Candidate) -> Action {
+    if enters { Action::Enter(candidate) } else { Action::Promote(candidate) }
+}
+
+/// A release that was in the environment, by what somebody wrote.
+fn in_history(desk: &Desk<'_>, loaded: &Loaded, place: &Place, wanted: &str) -> Result<Digest> {
+    let state = loaded.view().state(&place.environment).map_err(Problem::from)?;
+    let hex = wanted.strip_prefix("sha256:").unwrap_or(wanted);
+    let fits = |version: &str, release: &Digest| version == wanted || hex.len() >= 8 && release.hex().starts_with(hex);
+    if let Some(found) = state.bindings().find(|known| fits(&known.version, &known.release)) {
+        return Ok(found.release);
+    }
+    // Longer ago than the state remembers.
+    for version in desk.ledger.history_of(&desk::state_path(&place.pipeline, &place.environment))? {
+        let old = crate::release::state::State::parse(&version?.bytes)?;
+        if let Some(found) = old.current.filter(|known| fits(&known.version, &known.release)) {
+            return Ok(found.release);
+        }
+    }
+    Err(Problem::usage(format!("release `{wanted}` was never in `{}`", state.name()))
+        .hint(format!("`pipeline history {}` shows what was there", state.name()))
+        .into())
+}
+
+/// Shows the outcome; the exit status.
+pub fn finish(global: &Global, reasons: &Reasons, outcome: Outcome) -> Result<u8> {
+    if let Some(file) = &reasons.junit {
+        fs_err::write(file, junit(&outcome.plan))?;
+    }
+    ui::answer(global, &json!({"schema": 1, "outcome": outcome}), || text(&outcome))?;
+    Ok(match (&outcome.commit, reasons.dry_run) {
+        (None, false) => 1,
+        (None, true) => u8::from(!outcome.plan.allowed),
+        (Some(_), _) if outcome.unserved && !reasons.no_wait => UNSERVED,
+        _ => 0,
+    })
+}
+
+/// An outcome for people.
+fn text(outcome: &Outcome) -> String {
+    let plan = &outcome.plan;
+    let name = format!("{}/{}", plan.pipeline, plan.environment);
+    let mut text = String::new();
+    let pair = |pair: &Option<promotion::Pair>| match pair {
+        Some(pair) => format!("{} ({})", pair.version, pair.release.short()),
+        None => "nothing".into(),
+    };
+    let _ = writeln!(text, "{name}: {} → {}", pair(&plan.from), pair(&plan.to));
+    if let (Some(from), Some(to)) = (&plan.from, &plan.to)
+        && from.config != to.config
+    {
+        for (key, value) in &to.config.values {
+            match from.config.values.get(key) {
+                Some(old) if old == value => {}
+                Some(old) => drop(writeln!(text, "  {key}: {old} → {value}")),
+                None => drop(writeln!(text, "  {key}: new, {value}")),
+            }
+        }
+        for key in from.config.values.keys().filter(|key| !to.config.values.contains_key(*key)) {
+            let _ = writeln!(text, "  {key}: gone");
+        }
+        if from.config.secrets != to.config.secrets {
+            let _ = writeln!(text, "  secrets differ");
+        }
+    }
+    let mark = |verdict: Verdict| match verdict {
+        Verdict::Allow => "ok",
+        Verdict::Deny => "NO",
+        Verdict::Unknown => "??",
+        Verdict::Overridden => "OVERRIDDEN",
+    };
+    let rows = plan.answers.iter().map(|answer| {
+        let next = answer.next.map(|next| format!("(possible from {next})")).unwrap_or_default();
+        vec![format!("  {}", mark(answer.verdict)), answer.gate.clone(), format!("{} {next}", answer.reason).trim_end().into()]
+    });
+    text += &report::table(&rows.collect::<Vec<_>>());
+    match (&outcome.commit, plan.allowed) {
+        (Some(commit), _) if plan.waits => {
+            let _ = writeln!(text, "written down ({}), and waits for `pipeline promote --to {name}`", &commit[..12]);
+        }
+        (Some(commit), _) => {
+            let _ = writeln!(text, "done: {}", &commit[..12]);
+        }
+        (None, true) => text += "it would be done\n",
+        (None, false) => {
+            let _ = writeln!(text, "refused{}", plan.refused.as_ref().map(|why| format!(": {why}")).unwrap_or_default());
+            if let Some(next) = plan.next {
+                let _ = writeln!(text, "it can go from {next}, {} from now", from_now(next, plan.decision.time));
+            }
+        }
+    }
+    if outcome.unserved && outcome.commit.is_some() {
+        text += "nothing serves this environment yet: its health is unknown until something does\n";
+    }
+    if outcome.unpublished {
+        text += "the remote ledger does not have it yet: the next command that reaches it publishes it\n";
+    }
+    outcome.followed.iter().for_each(|followed| text += &self::text(followed));
+    text
+}
+
+fn from_now(next: Timestamp, now: Timestamp) -> String {
+    let seconds = (next.as_second() - now.as_second()).max(0);
+    crate::config::types::Seconds(seconds.unsigned_abs()).to_string()
+}
+
+/// The gates' answers as JUnit XML.
+fn junit(plan: &Plan) -> String {
+    let escape = |text: &str| text.replace('&', "&amp;").replace('<', "&lt;").replace('>', "&gt;").replace('"', "&quot;");
+    let failures = plan.answers.iter().filter(|answer| answer.stops()).count();
+    let name = escape(&format!("{}/{}", plan.pipeline, plan.environment));
+    let mut text = format!(
+        "<?xml version=\"1.0\" encoding=\"UTF-8\"?>\n<testsuites>\n<testsuite name=\"{name}\" tests=\"{}\" failures=\"{failures}\">\n",
+        plan.answers.len()
+    );
+    for answer in &plan.answers {
+        let gate = escape(&answer.gate);
+        let reason = escape(&answer.reason);
+        let inner = match answer.stops() {
+            true => format!("<failure message=\"{}: {reason}\"/>", answer.verdict),
+            false => format!("<system-out>{}: {reason}</system-out>", answer.verdict),
+        };
+        let _ = writeln!(text, "<testcase classname=\"{name}\" name=\"{gate}\">{inner}</testcase>");
+    }
+    text + "</testsuite>\n</testsuites>\n"
+}

@@ -1,0 +1,225 @@
+//! `pipeline build --release`: everything a pipeline makes, as one release; and releases by name.
+
+use std::path::PathBuf;
+
+use anyhow::{Context as _, Result};
+use serde::Serialize;
+
+use super::{Global, ui};
+use crate::artifact::keys::PrivateKey;
+use crate::artifact::provenance::{self, Builder, Material};
+use crate::artifact::release::{self, Release};
+use crate::artifact::sbom;
+use crate::artifact::store::{REF_NAME, Store};
+use crate::build::Built;
+use crate::build::lock;
+use crate::config::types::Pipeline;
+use crate::error::{Problem, nearest};
+use crate::oci::digest::Digest;
+use crate::progress::Progress as _;
+use crate::release::make::{self, Made, Wish};
+use crate::release::promotion::{Action, Candidate, Pair};
+
+use super::desk::Office;
+use crate::release::desk::{Ask, Outcome};
+
+/// Key that signs releases, instead of `--key`.
+const KEY: &str = "PIPELINE_KEY";
+/// Id of the builder in provenance, instead of this program's.
+const BUILDER: &str = "PIPELINE_BUILDER_ID";
+
+#[derive(Debug, clap::Args)]
+pub struct ReleaseArgs {
+    /// Make a release of what is built: bake the host, list packages, write provenance, sign; it enters the environments that are automatic
+    #[arg(long, conflicts_with_all = ["dry_run", "shell"])]
+    pub release: bool,
+    /// The release's readable version. Default: `git describe --tags --always --dirty`
+    #[arg(long, value_name = "VERSION", requires = "release")]
+    pub release_version: Option<String>,
+    /// Private key that signs the release, as `pipeline keys generate` or cosign wrote it
+    #[arg(long, value_name = "FILE", requires = "release", env = KEY)]
+    pub key: Option<PathBuf>,
+    /// Write the release's digest to this file
+    #[arg(long, value_name = "FILE", requires = "release")]
+    pub digest_file: Option<PathBuf>,
+}
+
+/// The answer of `build --release`.
+#[derive(Debug, Serialize)]
+pub struct Answer {
+    pub schema: u32,
+    pub built: Built,
+    pub release: Made,
+    /// Where it came by itself.
+    pub entered: Vec<Outcome>,
+}
+
+/// Makes the release of what was just built, and lets it enter.
+pub fn make(global: &Global, around: &ui::Surroundings, pipeline: &Pipeline, built: Built, args: &ReleaseArgs) -> Result<Answer> {
+    let name = pipeline.name.to_string();
+    let version = match &args.release_version {
+        Some(version) => version.clone(),
+        None => describe(pipeline)?,
+    };
+    let key = args.key.as_ref().map(|file| {
+        let password = || Ok(around.host.variables.get(super::ledger::PASSWORD).map(|it| it.as_bytes().to_vec()).unwrap_or_default());
+        PrivateKey::load(file, password)
+    });
+    let key = key.transpose()?;
+    let file = Digest::of(fs_err::read(&pipeline.file)?);
+    let version_text = env!("PIPELINE_VERSION");
+    let id = around.host.variables.get(BUILDER).cloned().unwrap_or_else(|| provenance::builder_id(version_text));
+    let program = Digest::of_reader(fs_err::File::open(&around.host.program)?)?.0;
+    let dirty = built.changed_files > 0;
+    let reference = pipeline.releases.registry.clone().unwrap_or_else(|| name.clone());
+    let wish = Wish {
+        name: &name,
+        version: &version,
+        source: make::source_of(&around.store, &built.digest, dirty)?,
+        builder: Builder { id, version: version_text.into(), digest: program },
+        materials: materials(around, pipeline, &built)?,
+        parameters: make::parameters(&name, &file, &version),
+        reference: &reference,
+        key: key.as_ref(),
+        threads: around.host.threads,
+    };
+    let made = make::make(&around.store, &wish).with_context(|| format!("cannot make a release of `{name}`"))?;
+    if !made.signed {
+        around.progress.note(format!("the release is not signed: `--key FILE` or {KEY} signs it"));
+    }
+    if let Some(file) = &args.digest_file {
+        fs_err::write(file, format!("{}\n", made.release.digest))?;
+    }
+    let entered = enter(global, &name, &made.release)?;
+    Ok(Answer { schema: 1, built, release: made, entered })
+}
+
+/// Lets a release come to the environments of the ledger where releases enter by themselves.
+fn enter(global: &Global, name: &str, made: &Release) -> Result<Vec<Outcome>> {
+    let Ok(office) = Office::open(global, Some(name)) else {
+        // Nobody has to be known to Git only to build.
+        return Ok(Vec::new());
+    };
+    let Some(loaded) = crate::release::desk::load(&office.ledger.snapshot()?, name)? else { return Ok(Vec::new()) };
+    let automatic = loaded.policy.environments.iter().filter(|(_, policy)| policy.automatic && policy.from.names().is_empty());
+    let mut outcomes = Vec::new();
+    for (environment, _) in automatic {
+        let current = loaded.states.get(environment).and_then(|state| state.current.as_ref());
+        if current.is_some_and(|binding| binding.release == made.digest) {
+            continue;
+        }
+        let author = Some(office.name().to_owned());
+        let candidate = Candidate { release: made.digest, version: made.version.clone(), author };
+        let ask = Ask::default();
+        outcomes.push(office.sit(|desk| desk.decide(name, environment, &Action::Enter(candidate.clone()), &ask))?);
+    }
+    Ok(outcomes)
+}
+
+/// What went into the build: the base image and every locked package.
+fn materials(around: &ui::Surroundings, pipeline: &Pipeline, built: &Built) -> Result<Vec<Material>> {
+    let mut materials: Vec<Material> = make::base_of(&around.store, &built.digest)?.into_iter().collect();
+    if let Some(lock) = lock::load(&pipeline.dir)? {
+        for package in lock.sets.values().flat_map(|set| &set.packages) {
+            let uri = format!("pkg:deb/debian/{}@{}?arch={}", package.name, package.version, package.arch);
+            materials.push(Material { name: package.name.clone(), uri, digest: package.sha256 });
+        }
+    }
+    materials.sort();
+    materials.dedup();
+    Ok(materials)
+}
+
+/// `git describe --tags --always --dirty` of the source's repository.
+fn describe(pipeline: &Pipeline) -> Result<String> {
+    let repository = git2::Repository::discover(&pipeline.dir).map_err(|_| {
+        Problem::usage("a release needs a version, and the pipeline is in no Git repository").hint("write it with `--release-version`")
+    })?;
+    let mut options = git2::DescribeOptions::new();
+    options.describe_tags().show_commit_oid_as_fallback(true);
+    let mut format = git2::DescribeFormatOptions::new();
+    format.dirty_suffix("-dirty");
+    let text = repository.describe(&options).and_then(|description| description.format(Some(&format)));
+    let text = text.context("the repository has no commit to name a version after").map_err(|error| {
+        anyhow::Error::from(Problem::usage(format!("{error:#}")).hint("write the version with `--release-version`"))
+    })?;
+    // As a tag has it: `v1.4` stays, and what a tag cannot hold gives way.
+    Ok(text.chars().map(|c| if c.is_ascii_alphanumeric() || "._-".contains(c) { c } else { '-' }).collect())
+}
+
+/// A release of `name` in the store: by version, by digest or the start of one; the newest when nothing is wanted.
+pub fn find(store: &Store, name: &str, wanted: Option<&str>) -> Result<Release> {
+    let tag = release::tag(name, wanted.unwrap_or("latest"));
+    if let Some(found) = store.tagged(&tag)? {
+        return release::read(store, &found.digest);
+    }
+    let prefix = format!("{name}:");
+    let all: Vec<(String, Digest)> = store
+        .index()?
+        .manifests
+        .into_iter()
+        .filter_map(|descriptor| {
+            let tag = descriptor.annotations.get(REF_NAME)?.strip_prefix(&prefix)?.strip_suffix(".release")?.to_owned();
+            Some((tag, descriptor.digest))
+        })
+        .collect();
+    if let Some(wanted) = wanted {
+        let hex = wanted.strip_prefix("sha256:").unwrap_or(wanted);
+        if hex.len() >= 8
+            && let Some((_, digest)) = all.iter().find(|(_, digest)| digest.hex().starts_with(hex))
+        {
+            return release::read(store, digest);
+        }
+        let problem = Problem::usage(format!("the store has no release `{wanted}` of `{name}`"));
+        return Err(match nearest(wanted, all.iter().map(|(tag, _)| tag.as_str())) {
+            Some(near) => problem.hint(format!("the nearest is `{near}`")),
+            None => problem.hint(format!("`pipeline build {name} --release` makes one")),
+        }
+        .into());
+    }
+    Err(Problem::usage(format!("the store has no release of `{name}`"))
+        .hint(format!("`pipeline build {name} --release` makes one"))
+        .into())
+}
+
+/// What is different between two pairs, a line each: version, commit, configuration, packages.
+pub fn differences(around: &ui::Surroundings, from: &Pair, to: &Pair) -> Result<Vec<String>> {
+    let mut lines = Vec::new();
+    if from.release != to.release {
+        lines.push(format!("release {} → {}", from.release.short(), to.release.short()));
+        let read = |pair: &Pair| release::read(&around.store, &pair.release).ok();
+        if let (Some(one), Some(other)) = (read(from), read(to)) {
+            if one.revision != other.revision {
+                let shown = |revision: &Option<String>| revision.as_ref().map_or("unknown".to_owned(), |it| it.chars().take(12).collect());
+                lines.push(format!("commit {} → {}", shown(&one.revision), shown(&other.revision)));
+            }
+        }
+        if let (Ok(Some(one)), Ok(Some(other))) =
+            (sbom::of_release(&around.store, &from.release), sbom::of_release(&around.store, &to.release))
+        {
+            let key = |package: &sbom::Package| (package.kind, package.name.clone());
+            let old: std::collections::BTreeMap<_, _> = one.packages.iter().map(|it| (key(it), &it.version)).collect();
+            let new: std::collections::BTreeMap<_, _> = other.packages.iter().map(|it| (key(it), &it.version)).collect();
+            for (key, version) in &new {
+                match old.get(key) {
+                    Some(before) if before == version => {}
+                    Some(before) => lines.push(format!("{} {} {before} → {version}", key.0, key.1)),
+                    None => lines.push(format!("{} {} {version} is new", key.0, key.1)),
+                }
+            }
+            lines.extend(old.keys().filter(|key| !new.contains_key(*key)).map(|key| format!("{} {} is gone", key.0, key.1)));
+        }
+    }
+    for (key, value) in &to.config.values {
+        match from.config.values.get(key) {
+            Some(before) if before == value => {}
+            Some(before) => lines.push(format!("{key}: {before} → {value}")),
+            None => lines.push(format!("{key}: new, {value}")),
+        }
+    }
+    lines.extend(from.config.values.keys().filter(|key| !to.config.values.contains_key(*key)).map(|key| format!("{key}: gone")));
+    if from.config.secrets != to.config.secrets {
+        lines.push("the secrets differ".into());
+    }
+    Ok(lines)
+}

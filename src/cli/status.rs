@@ -1,0 +1,319 @@
+//! `pipeline status`, `history`, `diff` and `log`: what the ledger says.
+
+use std::fmt::Write as _;
+
+use anyhow::Result;
+use jiff::Timestamp;
+use serde::Serialize;
+use serde_json::json;
+
+use super::desk::Office;
+use super::{Global, environment, report, ui};
+use crate::config::types::Upstream;
+use crate::error::Problem;
+use crate::oci::digest::Digest;
+use crate::progress::Progress as _;
+use crate::release::decision::Status;
+use crate::release::desk::{self, Loaded};
+use crate::release::evidence;
+use crate::release::gate;
+use crate::release::promotion;
+use crate::release::state::State;
+
+#[derive(Debug, clap::Args)]
+pub struct StatusArgs {
+    /// PIPELINE or PIPELINE/ENVIRONMENT; default: everything the ledger has
+    name: Option<String>,
+}
+
+#[derive(Debug, clap::Args)]
+pub struct HistoryArgs {
+    /// PIPELINE/ENVIRONMENT, or ENVIRONMENT of this folder's pipeline
+    environment: String,
+    /// Name of the pipeline
+    #[arg(long, short, value_name = "NAME")]
+    pipeline: Option<String>,
+    /// Show so many decisions at most, the newest
+    #[arg(long, short = 'n', value_name = "COUNT", default_value_t = 30)]
+    most: usize,
+}
+
+#[derive(Debug, clap::Args)]
+pub struct DiffArgs {
+    /// An environment
+    one: String,
+    /// Another one, of the same pipeline
+    other: String,
+    /// Name of the pipeline
+    #[arg(long, short, value_name = "NAME")]
+    pipeline: Option<String>,
+}
+
+#[derive(Debug, clap::Args)]
+pub struct LogArgs {
+    /// Decisions of this person only
+    #[arg(long, value_name = "NAME")]
+    actor: Option<String>,
+    /// Decisions about this pipeline only
+    #[arg(long, short, value_name = "NAME")]
+    pipeline: Option<String>,
+    /// Decisions of this kind only, such as `promote` or `rollback`
+    #[arg(long, value_name = "KIND")]
+    kind: Option<String>,
+    /// Show so many decisions at most, the newest
+    #[arg(long, short = 'n', value_name = "COUNT", default_value_t = 30)]
+    most: usize,
+}
+
+/// One environment, as `status` shows it.
+#[derive(Debug, Clone, PartialEq, Serialize)]
+struct Row {
+    pipeline: String,
+    environment: String,
+    release: Option<Digest>,
+    version: Option<String>,
+    since: Option<Timestamp>,
+    by: Option<String>,
+    health: Option<Status>,
+    hold: Option<String>,
+    frozen: Option<String>,
+    /// Versions marked bad.
+    bad: Vec<String>,
+    /// What could come next.
+    waiting: Option<Waiting>,
+    /// Whether a configuration waits for a promotion.
+    configuration_waits: bool,
+}
+
+#[derive(Debug, Clone, PartialEq, Serialize)]
+struct Waiting {
+    release: Digest,
+    version: String,
+    /// Gates that the ledger alone shows to be shut, with their reasons.
+    gates: Vec<String>,
+}
+
+pub fn status(global: &Global, args: StatusArgs) -> Result<u8> {
+    let (pipeline, only) = match args.name.as_deref().map(|name| name.split_once('/').unwrap_or((name, ""))) {
+        Some((pipeline, environment)) => (Some(pipeline.to_owned()), Some(environment).filter(|name| !name.is_empty())),
+        None => (None, None),
+    };
+    let office = Office::open(global, pipeline.as_deref())?;
+    office.sit(|desk| desk.sync(true))?;
+    let snapshot = office.ledger.snapshot()?;
+    let now = Timestamp::now();
+    let mut rows = Vec::new();
+    let names = snapshot.pipelines()?;
+    if let Some(wanted) = pipeline.as_ref().filter(|wanted| !names.contains(wanted)) {
+        return Err(Problem::usage(format!("the ledger has no pipeline `{wanted}`"))
+            .hint(if names.is_empty() { "`pipeline environment apply` brings one into it".into() } else { format!("there are `{}`", names.join("`, `")) })
+            .into());
+    }
+    for name in names.into_iter().filter(|name| pipeline.as_ref().is_none_or(|wanted| wanted == name)) {
+        let Some(loaded) = desk::load(&snapshot, &name)? else { continue };
+        for path in environment::drift(&office, &loaded.policy)? {
+            office.around.progress.note(format!(
+                "the pipeline file of `{name}` differs from the ledger: {path}; `pipeline environment apply` makes it count"
+            ));
+        }
+        if let Some(only) = only {
+            loaded.policy.environment(only).map_err(Problem::from)?;
+        }
+        for environment in in_order(&loaded).into_iter().filter(|name| only.is_none_or(|only| only == name)) {
+            rows.extend(loaded.states.get(&environment).map(|state| row(&loaded, state, now)));
+        }
+    }
+    office.around.progress.finish();
+    ui::answer(global, &json!({"schema": 1, "environments": rows}), || table(&rows, now))?;
+    Ok(0)
+}
+
+/// The environments of a pipeline from where releases enter to where they end.
+fn in_order(loaded: &Loaded) -> Vec<String> {
+    let mut order: Vec<String> = Vec::new();
+    let environments = &loaded.policy.environments;
+    while order.len() < environments.len() {
+        let before = order.len();
+        for (name, policy) in environments {
+            let ready = match &policy.from {
+                Upstream::None => true,
+                from => from.names().iter().all(|upstream| order.contains(upstream) || !environments.contains_key(upstream)),
+            };
+            if ready && !order.contains(name) {
+                order.push(name.clone());
+            }
+        }
+        if order.len() == before {
+            // A circle, which `environment apply` refuses.
+            order.extend(environments.keys().filter(|name| !order.contains(*name)).cloned().collect::<Vec<_>>());
+        }
+    }
+    order
+}
+
+fn row(loaded: &Loaded, state: &State, now: Timestamp) -> Row {
+    let policy = &loaded.policy.environments[&state.environment];
+    let current = state.current.as_ref();
+    let candidate = promotion::candidate(loaded.view(), &state.environment).ok().flatten();
+    let waiting = candidate.map(|candidate| {
+        let question = gate::Question {
+            view: loaded.view(),
+            environment: &state.environment,
+            release: candidate.release,
+            version: &candidate.version,
+            author: candidate.author.as_deref(),
+            config: state.configuration(policy).digest(),
+            actor: "",
+            reason: "",
+            time: now,
+        };
+        let known = policy.gates.iter().filter_map(|gate| gate::known(gate, &question)).filter(|answer| answer.stops());
+        let gates = known.map(|answer| format!("{}: {}", answer.gate, answer.reason)).collect();
+        Waiting { release: candidate.release, version: candidate.version.clone(), gates }
+    });
+    Row {
+        pipeline: state.pipeline.clone(),
+        environment: state.environment.clone(),
+        release: current.map(|binding| binding.release),
+        version: current.map(|binding| binding.version.clone()),
+        since: current.map(|binding| binding.since),
+        by: current.map(|binding| binding.by.clone()),
+        health: desk::health(loaded, state),
+        hold: state.hold.as_ref().map(gate::hold_reason),
+        frozen: state.frozen(&loaded.frozen, now).map(gate::freeze_reason),
+        bad: state.bad.values().map(|bad| bad.version.clone()).collect(),
+        waiting,
+        configuration_waits: current.is_some_and(|binding| binding.config != state.configuration(policy)),
+    }
+}
+
+fn table(rows: &[Row], now: Timestamp) -> String {
+    if rows.is_empty() {
+        return "no environments; `pipeline environment apply` brings those of a pipeline file into the ledger\n".into();
+    }
+    let lines = rows.iter().map(|row| {
+        let health = match row.health {
+            None => "-",
+            Some(Status::Healthy) => "healthy",
+            Some(Status::Unhealthy) => "UNHEALTHY",
+            Some(Status::Unknown) => "unknown",
+        };
+        let since = row.since.map(|since| {
+            let seconds = (now.as_second() - since.as_second()).max(0).unsigned_abs();
+            format!("{} by {}", ago(seconds), row.by.as_deref().unwrap_or_default())
+        });
+        let mut notes = Vec::new();
+        notes.extend(row.frozen.as_ref().map(|why| format!("FROZEN {why}")));
+        notes.extend(row.hold.as_ref().map(|why| format!("HOLD {why}")));
+        notes.extend(row.waiting.as_ref().map(|next| match next.gates.first() {
+            Some(gate) => format!("{} waits for {gate}", next.version),
+            None => format!("{} may come", next.version),
+        }));
+        notes.extend(row.configuration_waits.then(|| "a configuration waits".to_owned()));
+        notes.extend((!row.bad.is_empty()).then(|| format!("bad: {}", row.bad.join(", "))));
+        let version = row.version.clone().unwrap_or_else(|| "nothing".into());
+        vec![format!("{}/{}", row.pipeline, row.environment), version, health.into(), since.unwrap_or_default(), notes.join("; ")]
+    });
+    report::table(&lines.collect::<Vec<_>>())
+}
+
+/// Like `5m` or `3d`.
+fn ago(seconds: u64) -> String {
+    match seconds {
+        0..120 => format!("{seconds}s"),
+        120..7200 => format!("{}m", seconds / 60),
+        7200..172_800 => format!("{}h", seconds / 3600),
+        _ => format!("{}d", seconds / 86_400),
+    }
+}
+
+pub fn history(global: &Global, args: HistoryArgs) -> Result<u8> {
+    let office = Office::open(global, args.environment.split_once('/').map(|(name, _)| name).or(args.pipeline.as_deref()))?;
+    let place = office.place(&args.environment, args.pipeline.as_deref())?;
+    let loaded = office.sit(|desk| desk.load(&place.pipeline))?;
+    loaded.policy.environment(&place.environment).map_err(Problem::from)?;
+    let mut rows = Vec::new();
+    let mut values = Vec::new();
+    for version in office.ledger.history_of(&desk::state_path(&place.pipeline, &place.environment))?.take(args.most) {
+        let version = version?;
+        let state = State::parse(&version.bytes)?;
+        let decision = &state.decision;
+        let what = decision.version.clone().or_else(|| decision.to.map(|release| release.short())).unwrap_or_default();
+        let now = state.current.as_ref().map_or("nothing".to_owned(), |binding| binding.version.clone());
+        let loud = if decision.overrides.is_empty() { String::new() } else { format!("OVERRIDING {} ", decision.overrides.join(", ")) };
+        let row = [
+            decision.time.to_string(),
+            format!("{} {what}", decision.kind).trim_end().to_owned(),
+            format!("→ {now}"),
+            decision.actor.clone(),
+            format!("{loud}{}", decision.reason),
+            version.commit.id.to_string()[..12].to_owned(),
+        ];
+        rows.push(row.to_vec());
+        values.push(json!({"commit": version.commit.id.to_string(), "decision": decision, "current": state.current}));
+    }
+    ui::answer(global, &json!({"schema": 1, "history": values}), || report::table(&rows))?;
+    Ok(0)
+}
+
+pub fn diff(global: &Global, args: DiffArgs) -> Result<u8> {
+    let office = Office::open(global, args.one.split_once('/').map(|(name, _)| name).or(args.pipeline.as_deref()))?;
+    let one = office.place(&args.one, args.pipeline.as_deref())?;
+    let other = office.place(&args.other, Some(&one.pipeline))?;
+    if one.pipeline != other.pipeline {
+        return Err(Problem::usage(format!("`{}` and `{}` are different pipelines", one.pipeline, other.pipeline)).into());
+    }
+    let loaded = office.sit(|desk| desk.load(&one.pipeline))?;
+    let current = |name: &str| -> Result<promotion::Pair> {
+        let state = loaded.view().state(name).map_err(Problem::from)?;
+        let binding = state.current.as_ref();
+        let binding = binding.ok_or_else(|| Problem::failed(format!("`{}` has no release", state.name())))?;
+        Ok(promotion::Pair::from(binding))
+    };
+    let (from, to) = (current(&one.environment)?, current(&other.environment)?);
+    let size = evidence::difference(&office.around.store, &from.release, &to.release).ok();
+    let differences = super::release::differences(&office.around, &from, &to)?;
+    let value = json!({"schema": 1, "from": from, "to": to, "difference": size.map(|size| json!({"bytes": size.bytes, "packages": size.packages})), "changes": differences});
+    ui::answer(global, &value, || {
+        let mut text = format!("{}: {} → {}: {}\n", one.environment, from.version, other.environment, to.version);
+        if from == to {
+            return text + "the same release with the same configuration\n";
+        }
+        differences.iter().for_each(|line| drop(writeln!(text, "  {line}")));
+        if let Some(size) = size {
+            let _ = writeln!(text, "  {} of blobs, {} packages", report::bytes(size.bytes), size.packages);
+        }
+        text
+    })?;
+    Ok(0)
+}
+
+pub fn log(global: &Global, args: LogArgs) -> Result<u8> {
+    let office = Office::open(global, args.pipeline.as_deref())?;
+    let mut rows = Vec::new();
+    let mut values = Vec::new();
+    for commit in office.ledger.log()? {
+        let commit = commit?;
+        let is = |key: &str, wanted: &Option<String>| wanted.as_ref().is_none_or(|wanted| commit.trailer(key) == Some(wanted));
+        if !is("Actor", &args.actor) || !is("Pipeline", &args.pipeline) || !is("Decision", &args.kind) {
+            continue;
+        }
+        rows.push(vec![commit.time.to_string(), commit.author.name.clone(), commit.subject.clone(), commit.body.replace('\n', " ")]);
+        let trailers: Vec<_> = commit.trailers.iter().map(|(key, value)| json!({"key": key, "value": value})).collect();
+        values.push(json!({
+            "commit": commit.id.to_string(),
+            "time": commit.time,
+            "actor": commit.author.name,
+            "subject": commit.subject,
+            "reason": commit.body,
+            "trailers": trailers,
+            "signed": commit.signature.is_some(),
+        }));
+        if rows.len() == args.most {
+            break;
+        }
+    }
+    ui::answer(global, &json!({"schema": 1, "log": values}), || report::table(&rows))?;
+    Ok(0)
+}
+
