@@ -176,7 +176,15 @@ pub fn bake(bake: &Bake<'_>, wish: &Wish) -> Result<Baking> {
     if let Some((disk, warnings)) = remembered(bake.store, &key)? {
         warnings.into_iter().for_each(|warning| bake.progress.warn(warning));
         let (config, files) = (disk.config.clone(), Files::of(bake.store, &disk));
-        return Ok(Baking { name, config, state: State::There(Box::new(disk), files), key, warnings: Vec::new(), started, phases: Vec::new() });
+        return Ok(Baking {
+            name,
+            config,
+            state: State::There(Box::new(disk), files),
+            key,
+            warnings: Vec::new(),
+            started,
+            phases: Vec::new(),
+        });
     }
     bake.store.sweep()?;
     let mut clock = Clock::start();

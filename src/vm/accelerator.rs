@@ -88,7 +88,8 @@ pub fn choose(qemu: &Path, wanted: Wanted, state: &Path) -> Result<Choice> {
         Wanted::Tcg => return Ok(Choice { accelerator: Accelerator::Tcg, words: "TCG (emulation), as wanted".into() }),
         Wanted::Auto => kept(qemu, Path::new("/dev/kvm"), state)?,
         // Somebody thinks that it works: what was found before is no answer.
-        Wanted::Kvm => usable(Path::new("/dev/kvm")).map_or_else(|because| Ok(Choice::tcg(because)), |()| probe(qemu).map(|(choice, _)| choice))?,
+        Wanted::Kvm => usable(Path::new("/dev/kvm"))
+            .map_or_else(|because| Ok(Choice::tcg(because)), |()| probe(qemu).map(|(choice, _)| choice))?,
     };
     if wanted == Wanted::Kvm && choice.accelerator != Accelerator::Kvm {
         let because = choice.words.split_once("because ").map_or(choice.words.as_str(), |(_, because)| because);

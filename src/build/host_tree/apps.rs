@@ -162,8 +162,7 @@ pub fn layer<W: Write>(input: &AppInput, mut tree: Tree, config: &RunConfig, epo
         ))
         .into());
     }
-    let declared: Vec<String> =
-        config.volumes.iter().flatten().map(|(path, _)| path.trim_end_matches('/').to_string()).collect();
+    let declared: Vec<String> = config.volumes.iter().flatten().map(|(path, _)| path.trim_end_matches('/').to_string()).collect();
     check_volumes(name, &declared)?;
     let environment = environment(input, config, &runs);
     let workdir = if config.working_dir.is_empty() { "/".into() } else { config.working_dir.clone() };

@@ -85,7 +85,8 @@ impl Outcome {
 }
 
 fn skipped(test: &VmTest) -> Vec<StepOutcome> {
-    let skip = |step: &Step| StepOutcome { title: step.title.clone(), line: step.line, seconds: 0.0, result: StepResult::Skipped };
+    let skip =
+        |step: &Step| StepOutcome { title: step.title.clone(), line: step.line, seconds: 0.0, result: StepResult::Skipped };
     test.steps.iter().map(skip).collect()
 }
 

@@ -288,7 +288,8 @@ fn a_health_command_runs_in_the_sandbox_of_its_app() {
         .collect();
     let unit = |name: &str| &units[&format!("usr/lib/systemd/system/app-web{name}.service")];
     let sandbox = |text: &str| -> Vec<String> {
-        let kept = ["Protect", "Private", "Restrict", "SystemCall", "RootDirectory", "NoNew", "Inaccessible", "BindPaths", "User="];
+        let kept =
+            ["Protect", "Private", "Restrict", "SystemCall", "RootDirectory", "NoNew", "Inaccessible", "BindPaths", "User="];
         text.lines().filter(|line| kept.iter().any(|start| line.starts_with(start))).map(String::from).collect()
     };
     assert_eq!(sandbox(unit("-health")), sandbox(unit("")));
