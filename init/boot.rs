@@ -17,6 +17,9 @@ use super::{cmdline, copy, credentials, dm, log, machine_id, provision, smbios, 
 const DISK_TIMEOUT: Duration = Duration::from_secs(30);
 /// How long a message stands on the console before the machine restarts.
 const READING_TIME: Duration = Duration::from_secs(5);
+/// How often a device that gives an I/O error is read, and how long is waited between.
+const READ_TRIES: u32 = 5;
+const READ_PAUSE: Duration = Duration::from_millis(500);
 /// Where the root is put together.
 const NEW_ROOT: &str = "/sysroot";
 /// Facts about this boot for the running system.
@@ -177,20 +180,41 @@ pub fn esp_of(found: &Found) -> Result<Esp, String> {
     node_of(found, partition.number).map(Esp::new)
 }
 
+/// Again a few times when the device does not answer: a controller that is just coming up is no damage.
+fn patiently<T>(mut attempt: impl FnMut() -> std::io::Result<T>) -> std::io::Result<T> {
+    let mut tries = READ_TRIES;
+    loop {
+        match attempt() {
+            Err(error) if error.raw_os_error() == Some(sys::EIO) && tries > 1 => {
+                tries -= 1;
+                std::thread::sleep(READ_PAUSE);
+            }
+            result => return result,
+        }
+    }
+}
+
+/// Whose fault an error is: the disk's when it cannot be read for good, or gives the kernel a table that it does not take
+/// (a damaged superblock) or that fits nothing; else nobody's.
+fn blamed(error: &std::io::Error, message: String) -> Failure {
+    let damaged = matches!(error.raw_os_error(), Some(sys::EIO | sys::EUCLEAN | sys::EINVAL))
+        || error.kind() == std::io::ErrorKind::UnexpectedEof;
+    if damaged { Failure::Corrupt(message) } else { Failure::Plain(message) }
+}
+
 /// The verified device and the file system on it.
 fn open_root(root: &Path, place: &Found, hash: &Hash) -> Result<(), Failure> {
     use std::io::Read as _;
     let hash_node = node_of(place, place.hash.number)?;
     let mut first = [0; 512];
-    let read = fs::File::open(&hash_node).and_then(|mut file| file.read_exact(&mut first));
-    read.map_err(|error| Failure::Corrupt(format!("{} cannot be read: {error}", hash_node.display())))?;
+    let read = patiently(|| fs::File::open(&hash_node).and_then(|mut file| file.read_exact(&mut first)));
+    read.map_err(|error| blamed(&error, format!("{} cannot be read: {error}", hash_node.display())))?;
     let superblock = verity::Superblock::parse(&first);
     let superblock = superblock.map_err(|error| Failure::Corrupt(format!("{} {error}", hash_node.display())))?;
     let numbers = [place.data.number, place.hash.number].map(|number| place.disk.device_number(number).unwrap_or_default());
     let table = superblock.table(&numbers[0], &numbers[1], hash);
-    let device = dm::create(&superblock.uuid, superblock.sectors(), &table);
-    // A damaged superblock gives a table the kernel does not take, or one that fits nothing.
-    let device = device.map_err(|error| Failure::Corrupt(format!("the verified root cannot be set up: {error}")))?;
+    let device = patiently(|| dm::create(&superblock.uuid, superblock.sectors(), &table));
+    let device = device.map_err(|error| blamed(&error, format!("the verified root cannot be set up: {error}")))?;
     let made = copy::folder(root).map_err(|error| format!("{} cannot be made: {error}", root.display()));
     made?;
     sys::mount_at(&device, root, "erofs", sys::MS_RDONLY, "").map_err(|error| {

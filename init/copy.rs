@@ -3,38 +3,77 @@
 use std::fs::{self, DirBuilder, File, OpenOptions, Permissions};
 use std::io::{self, Write as _};
 use std::os::unix::fs::{DirBuilderExt as _, MetadataExt as _, OpenOptionsExt as _, PermissionsExt as _};
-use std::path::Path;
+use std::path::{Path, PathBuf};
 
 use super::sys;
+
+/// What a copy is called until it is whole and on the disk.
+const UNFINISHED: &str = ".pipeline-unfinished.";
 
 /// Copies every entry of the folder `from` that `to` does not have; never overwrites, never goes
 /// through a symbolic link, leaves out devices and sockets. Owner, mode, times and extended attributes are kept.
 ///
+/// After a power cut each entry is there as a whole or not at all, and a second run brings the rest: copies are made under
+/// another name, brought to the disk together, and then renamed.
+///
 /// # Errors
 /// The first failure, with its path.
 pub fn missing(from: &Path, to: &Path) -> io::Result<()> {
-    let say = |path: &Path, error: io::Error| io::Error::new(error.kind(), format!("{}: {error}", path.display()));
-    for entry in fs::read_dir(from).map_err(|error| say(from, error))? {
-        let source = entry.map_err(|error| say(from, error))?.path();
-        let Some(name) = source.file_name() else { continue };
-        let target = to.join(name);
-        one(&source, &target).map_err(|error| say(&source, error))?;
+    let mut made = Vec::new();
+    collect(from, to, &mut made)?;
+    sys::sync_file_system(&File::open(to)?)?;
+    for (temporary, target) in made {
+        fs::rename(&temporary, &target).map_err(|error| say(&target, error))?;
     }
     Ok(())
 }
 
-fn one(source: &Path, target: &Path) -> io::Result<()> {
-    let meta = fs::symlink_metadata(source)?;
-    let there = fs::symlink_metadata(target).ok();
-    if let Some(there) = there {
-        if there.is_dir() && meta.is_dir() {
-            missing(source, target)?;
+fn say(path: &Path, error: io::Error) -> io::Error {
+    io::Error::new(error.kind(), format!("{}: {error}", path.display()))
+}
+
+/// Copies what is missing in `to` under names that say so; those and the right ones go to `made`.
+fn collect(from: &Path, to: &Path, made: &mut Vec<(PathBuf, PathBuf)>) -> io::Result<()> {
+    for entry in fs::read_dir(from).map_err(|error| say(from, error))? {
+        let source = entry.map_err(|error| say(from, error))?.path();
+        let Some(name) = source.file_name() else { continue };
+        let target = to.join(name);
+        let kind = fs::symlink_metadata(&source).map_err(|error| say(&source, error))?.file_type();
+        match fs::symlink_metadata(&target) {
+            Ok(there) if there.is_dir() && kind.is_dir() => collect(&source, &target, made)?,
+            Ok(_) => {}
+            Err(_) => {
+                let mut unfinished = std::ffi::OsString::from(UNFINISHED);
+                unfinished.push(name);
+                let temporary = to.join(unfinished);
+                remove(&temporary).and_then(|()| whole(&source, &temporary)).map_err(|error| say(&source, error))?;
+                if fs::symlink_metadata(&temporary).is_ok() {
+                    made.push((temporary, target));
+                }
+            }
         }
-        return Ok(());
     }
+    Ok(())
+}
+
+/// What an earlier attempt has left.
+fn remove(path: &Path) -> io::Result<()> {
+    match fs::symlink_metadata(path) {
+        Ok(there) if there.is_dir() => fs::remove_dir_all(path),
+        Ok(_) => fs::remove_file(path),
+        Err(_) => Ok(()),
+    }
+}
+
+/// Copies `source` with everything below it to `target`, which is not there.
+fn whole(source: &Path, target: &Path) -> io::Result<()> {
+    let meta = fs::symlink_metadata(source)?;
     if meta.is_dir() {
         DirBuilder::new().mode(0o700).create(target)?;
-        missing(source, target)?;
+        for entry in fs::read_dir(source)? {
+            let entry = entry?;
+            whole(&entry.path(), &target.join(entry.file_name())).map_err(|error| say(&entry.path(), error))?;
+        }
     } else if meta.is_symlink() {
         std::os::unix::fs::symlink(fs::read_link(source)?, target)?;
     } else if meta.is_file() {

@@ -17,6 +17,7 @@ const READONLY: u32 = 1;
 const NAME: &str = "root";
 
 const CREATE: u64 = 3;
+const REMOVE: u64 = 4;
 const SUSPEND: u64 = 6;
 const TABLE_LOAD: u64 = 9;
 const TABLE_STATUS: u64 = 12;
@@ -54,8 +55,12 @@ pub fn create(uuid: &[u8; 16], sectors: u64, table: &str) -> io::Result<PathBuf>
     let uuid = uuid.iter().map(|byte| format!("{byte:02x}")).collect::<String>();
     // The form of libcryptsetup, so that `veritysetup status root` knows the device.
     let made = call(CREATE, 0, &format!("CRYPT-VERITY-{uuid}-{NAME}"), None)?;
-    call(TABLE_LOAD, READONLY, "", Some((sectors, table)))?;
-    call(SUSPEND, 0, "", None)?;
+    let started = call(TABLE_LOAD, READONLY, "", Some((sectors, table))).and_then(|_| call(SUSPEND, 0, "", None));
+    if let Err(error) = started {
+        // Another attempt makes it anew.
+        let _ = call(REMOVE, 0, "", None);
+        return Err(error);
+    }
     let device = u64::from_le_bytes(made[40..48].try_into().expect("eight bytes"));
     let minor = (device & 0xff) | ((device >> 12) & 0xf_ff00);
     Ok(PathBuf::from(format!("/dev/dm-{minor}")))

@@ -71,6 +71,7 @@ pub const EEXIST: i32 = 17;
 pub const EPIPE: i32 = 32;
 pub const EOPNOTSUPP: i32 = 95;
 /// What EROFS answers when a block is not what it must be (EFSCORRUPTED).
+pub const EINVAL: i32 = 22;
 pub const EUCLEAN: i32 = 117;
 
 pub const SIGKILL: i32 = 9;

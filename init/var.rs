@@ -28,7 +28,7 @@ pub fn mount(root: &Path, device: &Path, sectors: u64) -> Result<(), String> {
     match &state {
         Some(state) if state.clean => {}
         Some(_) => check(root, device, &[])?,
-        None => make_or_rescue(root, device, &start)?,
+        None => make_or_rescue(root, device, sectors, &start)?,
     }
     let target = root.join("var");
     let mounted = sys::mount_at(device, &target, "ext4", sys::MS_NOSUID | sys::MS_NODEV | sys::MS_NOATIME, "");
@@ -46,9 +46,15 @@ fn read(device: &Path, offset: u64, length: usize) -> Result<Vec<u8>, String> {
 }
 
 /// There is no superblock where it should be: a new disk, or a damaged one.
-fn make_or_rescue(root: &Path, device: &Path, start: &[u8]) -> Result<(), String> {
+fn make_or_rescue(root: &Path, device: &Path, sectors: u64, start: &[u8]) -> Result<(), String> {
     if let Some(name) = ext4::foreign(start) {
         return Err(format!("the partition of /var, {}, holds {name} and is left alone", device.display()));
+    }
+    // Without a second superblock to look at, only what is plainly empty is made anew.
+    let is_small = sectors * 512 < ext4::BACKUP_OFFSET + ext4::LENGTH as u64;
+    if is_small && start.iter().any(|byte| *byte != 0) {
+        let device = device.display();
+        return Err(format!("the partition of /var, {device}, holds something that is no file system, and is left alone"));
     }
     let backup = read(device, ext4::BACKUP_OFFSET, ext4::LENGTH).ok().and_then(|bytes| ext4::parse(&bytes));
     if backup.is_some() {

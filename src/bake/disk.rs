@@ -99,9 +99,28 @@ pub fn raw(store: &Store, disk: &Disk) -> Result<PathBuf> {
     }
     let temp = export::temporary(&dir)?;
     write(&Described { config: &disk.config, files: &Files::of(store, disk) }, temp.as_file())?;
+    // A length is all that is looked at next time, and nobody writes here.
+    temp.as_file().set_permissions(std::os::unix::fs::PermissionsExt::from_mode(0o444))?;
+    temp.as_file().sync_all()?;
     crate::fault::point("rename a raw disk");
     temp.persist(&path).map_err(|error| error.error).with_context(|| format!("cannot write `{}`", path.display()))?;
     Ok(path)
+}
+
+/// A disk of its own for a machine that keeps what it writes, `path`: made when it is not there, with folder.
+pub fn kept(store: &Store, disk: &Disk, path: &Path) -> Result<()> {
+    let dir = path.parent().context("a folder")?;
+    if path.exists() {
+        return Ok(());
+    }
+    fs_err::create_dir_all(dir)?;
+    let temp = export::temporary(dir)?;
+    write(&Described { config: &disk.config, files: &Files::of(store, disk) }, temp.as_file())?;
+    temp.as_file().set_permissions(std::os::unix::fs::PermissionsExt::from_mode(0o600))?;
+    temp.as_file().sync_all()?;
+    crate::fault::point("rename a disk that is kept");
+    temp.persist(path).map_err(|error| error.error).with_context(|| format!("cannot write `{}`", path.display()))?;
+    Ok(())
 }
 
 /// Writes the whole raw disk into `out`, an empty file; it is sparse.

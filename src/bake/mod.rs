@@ -84,6 +84,8 @@ pub struct Baking {
     pub config: Config,
     state: State,
     key: Digest,
+    /// Said already; kept with the record.
+    warnings: Vec<String>,
     started: Instant,
     phases: Vec<(&'static str, f64)>,
 }
@@ -126,7 +128,7 @@ impl Baking {
             State::Made(settling) => {
                 let parts = settling.finish(store)?;
                 let descriptor = artifact::write(store, &self.config, &parts)?;
-                remember(store, &self.key, &descriptor.digest)?;
+                remember(store, &self.key, &Record { disk: descriptor.digest, warnings: self.warnings })?;
                 (artifact::read(store, &descriptor.digest)?.context("a disk")?, false)
             }
         };
@@ -171,16 +173,23 @@ pub fn bake(bake: &Bake<'_>, wish: &Wish) -> Result<Baking> {
     let started = Instant::now();
     let name = format!("{}.disk", wish.name);
     let key = key(wish);
-    if let Some(disk) = remembered(bake.store, &key)? {
+    if let Some((disk, warnings)) = remembered(bake.store, &key)? {
+        warnings.into_iter().for_each(|warning| bake.progress.warn(warning));
         let (config, files) = (disk.config.clone(), Files::of(bake.store, &disk));
-        return Ok(Baking { name, config, state: State::There(Box::new(disk), files), key, started, phases: Vec::new() });
+        return Ok(Baking {
+            name,
+            config,
+            state: State::There(Box::new(disk), files),
+            key,
+            warnings: Vec::new(),
+            started,
+            phases: Vec::new(),
+        });
     }
     bake.store.sweep()?;
     let mut clock = Clock::start();
     let Planned { tree, host, initrd, plan, table, warnings } = Planned::new(bake, wish, &mut clock)?;
-    for warning in warnings {
-        bake.progress.warn(warning);
-    }
+    warnings.iter().for_each(|warning| bake.progress.warn(warning.clone()));
     let mut parts = Parts::default();
     let root = write_root(bake, wish, &tree, &plan, &mut parts)?;
     clock.phase("write root");
@@ -199,7 +208,7 @@ pub fn bake(bake: &Bake<'_>, wish: &Wish) -> Result<Baking> {
     let config = config(wish, &host, &root, table, cmdline, &identity);
     let state = State::Made(parts.settle()?);
     clock.phase("boot files");
-    Ok(Baking { name, config, state, key, started, phases: clock.phases })
+    Ok(Baking { name, config, state, key, warnings, started, phases: clock.phases })
 }
 
 /// What the disk will lack, in words.
@@ -366,23 +375,26 @@ fn key(wish: &Wish) -> Digest {
 #[derive(Serialize, Deserialize)]
 struct Record {
     disk: Digest,
+    #[serde(default)]
+    warnings: Vec<String>,
 }
 
-/// The disk of an earlier bake, when all of it is still there.
-fn remembered(store: &Store, key: &Digest) -> Result<Option<Disk>> {
+/// The disk of an earlier bake and what was said about it, when all of it is still there.
+fn remembered(store: &Store, key: &Digest) -> Result<Option<(Disk, Vec<String>)>> {
     let Ok(bytes) = fs_err::read(store.cache("bakes").join(format!("{}.json", key.hex()))) else { return Ok(None) };
     let Ok(record) = serde_json::from_slice::<Record>(&bytes) else { return Ok(None) };
     if !store.blob(&record.disk).exists() {
         return Ok(None);
     }
     let disk = artifact::read(store, &record.disk)?;
-    Ok(disk.filter(|disk| disk.parts.values().all(|part| store.has(&part.digest, part.size))))
+    let disk = disk.filter(|disk| disk.parts.values().all(|part| store.has(&part.digest, part.size)));
+    Ok(disk.map(|disk| (disk, record.warnings)))
 }
 
-fn remember(store: &Store, key: &Digest, disk: &Digest) -> Result<()> {
+fn remember(store: &Store, key: &Digest, record: &Record) -> Result<()> {
     let dir = store.cache("bakes");
     fs_err::create_dir_all(&dir)?;
-    write_cache(&dir.join(format!("{}.json", key.hex())), &serde_json::to_vec(&Record { disk: *disk })?)
+    write_cache(&dir.join(format!("{}.json", key.hex())), &serde_json::to_vec(record)?)
 }
 
 fn tag_disk(store: &Store, tag: &str, digest: &Digest) -> Result<()> {

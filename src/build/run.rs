@@ -175,7 +175,8 @@ fn publish(build: &Build<'_>, config: &RunConfig, options: &Options) -> Result<(
             })?,
         ),
         None => match exposed {
-            Some(port) if !options.host_network => (port, port),
+            // A command of one's own is not what the port is for.
+            Some(port) if !options.host_network && options.command.is_empty() => (port, port),
             port => return Ok((port, None)),
         },
     };

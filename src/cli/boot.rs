@@ -126,6 +126,12 @@ pub fn find_disk(store: &Store, name: &str) -> Result<DiskToBoot> {
     if disk::is_file_name(name) {
         return disk::file(name.as_ref());
     }
+    let found = artifact_of(store, name)?;
+    Ok(DiskToBoot { name: name.into(), path: bake::disk::raw(store, &found)?, apps: found.config.apps })
+}
+
+/// A disk of the store by its pipeline's name, tag or digest.
+fn artifact_of(store: &Store, name: &str) -> Result<artifact::disk::Disk> {
     let found = match store.tagged(&disk_tag(name))? {
         Some(descriptor) => artifact::disk::read(store, &descriptor.digest)?,
         None => match name.parse() {
@@ -139,14 +145,17 @@ pub fn find_disk(store: &Store, name: &str) -> Result<DiskToBoot> {
             .hint(format!("bake it first: `pipeline bake {base}`; a file is named with its ending, or with a `/`"))
             .into());
     };
-    Ok(DiskToBoot { name: name.into(), path: bake::disk::raw(store, &found)?, apps: found.config.apps })
+    Ok(found)
 }
 
 pub fn run(global: &Global, args: Args) -> Result<u8> {
     signals::watch()?;
     let around = ui::Surroundings::new(global)?;
     let tools = Tools::find(&around.host.path)?;
-    let found = find_disk(&around.store, &args.disk)?;
+    let mut found = find_disk(&around.store, &args.disk)?;
+    if args.keep && !disk::is_file_name(&args.disk) {
+        found.path = keep(&around, &args.disk)?;
+    }
     let (work, logs) = (around.store.cache("vm"), around.store.state("vm"));
     let mut settings = settings(&args, &found)?;
     if settings.firmware == Firmware::Uefi {
@@ -199,6 +208,17 @@ pub fn run(global: &Global, args: Args) -> Result<u8> {
     machine.quit()?;
     // The signal is the exit status; that it ended the machine is no failure.
     if stop() { Ok(0) } else { result }
+}
+
+/// The file in which the machine of an artifact keeps what it writes: in the state folder, by name and digest, so that the
+/// artifact itself and the tests of it start from the same bytes each time.
+fn keep(around: &ui::Surroundings, name: &str) -> Result<std::path::PathBuf> {
+    let disk = artifact_of(&around.store, name)?;
+    let plain: String = name.chars().map(|c| if c.is_ascii_alphanumeric() || ".-_".contains(c) { c } else { '-' }).collect();
+    let path = around.store.state("kept").join(format!("{plain}-{}.raw", disk.digest.short().trim_start_matches("sha256:")));
+    bake::disk::kept(&around.store, &disk, &path)?;
+    around.progress.note(format!("what it writes is kept in {}", path.display()));
+    Ok(path)
 }
 
 fn settings(args: &Args, found: &DiskToBoot) -> Result<Settings> {

@@ -18,7 +18,7 @@ const NOT_RUN: u8 = 125;
 pub struct Args {
     /// NAME, NAME:TAG or a digest
     image: String,
-    /// Port on 127.0.0.1, or OUTSIDE:INSIDE; 0: any free one. Default: the image's own
+    /// Port on 127.0.0.1, or OUTSIDE:INSIDE; 0: any free one. Default: the image's own, and with a command none
     #[arg(long, short, value_name = "PORT", value_parser = port)]
     port: Option<(u16, Option<u16>)>,
     /// Set a variable

@@ -77,24 +77,30 @@ pub fn run(global: &Global, args: Args) -> Result<u8> {
     let places =
         Around { tools: &tools, accelerator: &choice, work: &work, output: &output, stop: &stop, progress: &around.progress };
     let mut outcomes: Vec<Outcome> = Vec::new();
-    'all: for job in &jobs {
-        for firmware in firmwares(&job.test) {
-            let outcome = match run::run(&job.test, &job.disk, firmware, &places) {
-                // The signal is the exit status, and what was run is reported.
-                Err(_) if stop() => break 'all,
-                outcome => outcome?,
-            };
-            let failed = outcome.failed().is_some();
-            run::describe(&outcome, &around.cwd, &mut std::io::stderr().lock())?;
-            outcomes.push(outcome);
-            if failed && !args.keep_going {
-                break 'all;
-            }
+    let mut not_run: Vec<Outcome> = Vec::new();
+    let mut stopped = false;
+    for (job, firmware) in jobs.iter().flat_map(|job| firmwares(&job.test).into_iter().map(move |firmware| (job, firmware))) {
+        if stopped {
+            not_run.push(Outcome::not_run(&job.test, firmware, output.clone()));
+            continue;
         }
+        let outcome = match run::run(&job.test, &job.disk, firmware, &places) {
+            // The signal is the exit status, and what was run is reported.
+            Err(_) if stop() => {
+                stopped = true;
+                not_run.push(Outcome::not_run(&job.test, firmware, output.clone()));
+                continue;
+            }
+            Ok(outcome) => outcome,
+            Err(error) => Outcome::unprepared(&job.test, firmware, output.clone(), &error),
+        };
+        stopped = outcome.failed().is_some() && !args.keep_going;
+        run::describe(&outcome, &around.cwd, &mut std::io::stderr().lock())?;
+        outcomes.push(outcome);
     }
     around.progress.finish();
     if let Some(file) = &args.junit {
-        fs_err::write(file, report::junit(&outcomes))?;
+        fs_err::write(file, report::junit(&[outcomes.clone(), not_run].concat()))?;
     }
     let wanted: usize = jobs.iter().map(|job| firmwares(&job.test).len()).sum();
     let failed = outcomes.iter().filter(|outcome| outcome.failed().is_some()).count();

@@ -65,7 +65,9 @@ pub fn image_path(text: &str) -> Result<(), Wrong> {
     let wrong = |hint: &str| Err(Wrong::new(format!("`{text}` is not an absolute path in the image"), hint));
     if !text.starts_with('/') {
         wrong("it begins with `/`")
-    } else if text.contains('\0') || Path::new(text).components().any(|part| part == Component::ParentDir) {
+    } else if text.chars().any(char::is_control) {
+        wrong("write it in one line, without control characters")
+    } else if Path::new(text).components().any(|part| part == Component::ParentDir) {
         wrong("write it without `..`")
     } else {
         Ok(())

@@ -156,9 +156,20 @@ impl Tree {
 
     /// Like [`Tree::find`], following symbolic links inside the tree; at most 40 of them, as the kernel.
     pub fn resolve(&self, path: &[u8]) -> Option<NodeId> {
+        self.follow(path)?.last().map(|(_, node)| *node)
+    }
+
+    /// The path, without a leading slash, of what `path` leads to when links are followed; empty for the root.
+    pub fn real_path(&self, path: &[u8]) -> Option<Vec<u8>> {
+        let steps = self.follow(path)?;
+        Some(steps[1..].iter().map(|(name, _)| name.as_slice()).collect::<Vec<_>>().join(&b'/'))
+    }
+
+    /// The nodes from the root to what `path` leads to, links followed, each with its name.
+    fn follow(&self, path: &[u8]) -> Option<Vec<(Vec<u8>, NodeId)>> {
         let mut rest: Vec<Vec<u8>> = components(path);
         rest.reverse();
-        let mut stack = vec![Self::ROOT];
+        let mut stack = vec![(Vec::new(), Self::ROOT)];
         let mut links = 0;
         while let Some(name) = rest.pop() {
             if name == b".." {
@@ -167,7 +178,7 @@ impl Tree {
                 }
                 continue;
             }
-            let Kind::Directory(names) = &self.node(*stack.last()?).kind else { return None };
+            let Kind::Directory(names) = &self.node(stack.last()?.1).kind else { return None };
             let next = *names.get(&name)?;
             if let Kind::Symlink(target) = &self.node(next).kind {
                 links += 1;
@@ -179,10 +190,10 @@ impl Tree {
                 }
                 rest.extend(components(target).into_iter().rev());
             } else {
-                stack.push(next);
+                stack.push((name, next));
             }
         }
-        stack.last().copied()
+        Some(stack)
     }
 
     /// The bytes of the regular file at `path`, links followed; `None` when there is no such file.

@@ -30,6 +30,8 @@ use crate::error::Problem;
 
 /// Zeros of at least this length become a hole when they are aligned to it.
 const HOLE: usize = 64 << 10;
+/// Bytes of a path, as the kernel has it: a longer one would only be there to use up memory.
+const PATH_MAX: usize = 4096;
 /// Bytes read at once.
 const BUFFER: usize = 1 << 20;
 
@@ -213,6 +215,12 @@ fn is_zero(bytes: &[u8]) -> bool {
 
 /// The components of an entry's name.
 fn components(name: &[u8]) -> Result<Vec<Vec<u8>>> {
+    if name.len() > PATH_MAX {
+        let start = String::from_utf8_lossy(&name[..64]);
+        return Err(Problem::failed(format!("the archive has a name of {} bytes, `{start}…`", name.len()))
+            .hint(format!("a path has at most {PATH_MAX} bytes"))
+            .into());
+    }
     let parts = name.split(|byte| *byte == b'/').filter(|part| !part.is_empty() && *part != b".");
     let parts: Vec<Vec<u8>> = parts.map(<[u8]>::to_vec).collect();
     if parts.iter().any(|part| part == b"..") {
@@ -398,6 +406,17 @@ mod tests {
         builder.into_inner().unwrap()
     }
 
+    /// An archive with one path of ten thousand folders.
+    fn deep() -> Vec<u8> {
+        let mut builder = tar::Builder::new(Vec::new());
+        builder.append_pax_extensions([("path", "a/".repeat(10_000).as_bytes())]).unwrap();
+        let mut header = tar::Header::new_ustar();
+        header.set_entry_type(EntryType::Directory);
+        header.set_size(0);
+        builder.append_data(&mut header, "a", &b""[..]).unwrap();
+        builder.into_inner().unwrap()
+    }
+
     fn merged(layers: &[Vec<u8>]) -> Result<Tree> {
         let dir = tempfile::tempdir().unwrap();
         let mut blobs = Vec::new();
@@ -460,6 +479,7 @@ mod tests {
         let cases = [
             (archive(&[("f", EntryType::Link, b"none")]), "`f` is a hard link to `none`, which is not in the archive"),
             (good[..700].to_vec(), "the archive is broken"),
+            (deep(), "the archive has a name of 20000 bytes"),
         ];
         for (bytes, expected) in cases {
             let error = format!("{:#}", merged(&[bytes]).unwrap_err());

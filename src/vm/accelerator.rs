@@ -86,7 +86,10 @@ static CHOSEN: Mutex<Option<(String, Choice)>> = Mutex::new(None);
 pub fn choose(qemu: &Path, wanted: Wanted, state: &Path) -> Result<Choice> {
     let choice = match wanted {
         Wanted::Tcg => return Ok(Choice { accelerator: Accelerator::Tcg, words: "TCG (emulation), as wanted".into() }),
-        Wanted::Auto | Wanted::Kvm => kept(qemu, Path::new("/dev/kvm"), state)?,
+        Wanted::Auto => kept(qemu, Path::new("/dev/kvm"), state)?,
+        // Somebody thinks that it works: what was found before is no answer.
+        Wanted::Kvm => usable(Path::new("/dev/kvm"))
+            .map_or_else(|because| Ok(Choice::tcg(because)), |()| probe(qemu).map(|(choice, _)| choice))?,
     };
     if wanted == Wanted::Kvm && choice.accelerator != Accelerator::Kvm {
         let because = choice.words.split_once("because ").map_or(choice.words.as_str(), |(_, because)| because);
@@ -114,11 +117,15 @@ fn kept(qemu: &Path, device: &Path, state: &Path) -> Result<Choice> {
     let choice = match on_disk.filter(|kept| kept.format == FORMAT && kept.key == key) {
         Some(kept) => kept.choice,
         None => {
-            let choice = match usable(device) {
+            let (choice, is_sure) = match usable(device) {
                 Ok(()) => probe(qemu)?,
                 // Cheap to see again, and the user may mend it.
                 Err(because) => return Ok(Choice::tcg(because)),
             };
+            if !is_sure {
+                *chosen = Some((key, choice.clone()));
+                return Ok(choice);
+            }
             let kept = Kept { format: FORMAT, key: key.clone(), choice };
             fs_err::create_dir_all(state)?;
             write_cache(&file, &serde_json::to_vec(&kept)?)?;
@@ -141,14 +148,14 @@ fn usable(device: &Path) -> Result<(), String> {
     }
 }
 
-/// Runs the guest with KVM.
-fn probe(qemu: &Path) -> Result<Choice> {
+/// Runs the guest with KVM; and whether the answer holds for later too: a machine that is busy can be late.
+fn probe(qemu: &Path) -> Result<(Choice, bool)> {
     let mut disk = tempfile::NamedTempFile::new().context("cannot make the disk of the KVM probe")?;
     disk.write_all(&boot_sector())?;
     Ok(match run(qemu, "kvm", "host", disk.path(), PROBE)? {
-        Answer::Ran => Choice::kvm(),
-        Answer::Silent => Choice::tcg(format!("a guest given to /dev/kvm did not run within {} s", PROBE.as_secs())),
-        Answer::Failed(words) => Choice::tcg(format!("QEMU cannot use /dev/kvm: {words}")),
+        Answer::Ran => (Choice::kvm(), true),
+        Answer::Silent => (Choice::tcg(format!("a guest given to /dev/kvm did not run within {} s", PROBE.as_secs())), false),
+        Answer::Failed(words) => (Choice::tcg(format!("QEMU cannot use /dev/kvm: {words}")), true),
     })
 }
 

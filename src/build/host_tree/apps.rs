@@ -162,12 +162,15 @@ pub fn layer<W: Write>(input: &AppInput, mut tree: Tree, config: &RunConfig, epo
         ))
         .into());
     }
-    let volumes: Vec<String> = config.volumes.iter().flatten().map(|(path, _)| path.trim_end_matches('/').to_string()).collect();
-    check_volumes(name, &volumes)?;
+    let declared: Vec<String> = config.volumes.iter().flatten().map(|(path, _)| path.trim_end_matches('/').to_string()).collect();
+    check_volumes(name, &declared)?;
     let environment = environment(input, config, &runs);
     let workdir = if config.working_dir.is_empty() { "/".into() } else { config.working_dir.clone() };
     let command = command(&tree, name, config, &workdir, &environment)?;
-    let added = prepare_tree(&mut tree, input.uid_base, &runs, &volumes)?;
+    check_words(name, &workdir, &command, &environment)?;
+    let added = prepare_tree(&mut tree, input.uid_base, &runs, &declared)?;
+    let volumes = mounted(&tree, &declared)?;
+    check_volumes(name, &volumes)?;
     let health = health(config)?;
     let (user, group) = (input.uid_base + runs.uid, input.uid_base + runs.gid);
     let volume_values: Vec<Value> = volumes.iter().map(|path| volume(name, path)).collect();
@@ -188,7 +191,7 @@ pub fn layer<W: Write>(input: &AppInput, mut tree: Tree, config: &RunConfig, epo
         "workdir": workdir,
         "added": added,
     });
-    let values = json!({
+    let mut values = json!({
         "name": name,
         "image": image,
         "command": command.iter().map(|word| quoted(word)).collect::<Vec<_>>().join(" "),
@@ -205,6 +208,7 @@ pub fn layer<W: Write>(input: &AppInput, mut tree: Tree, config: &RunConfig, epo
         "cpu_percent": input.app.cpu_percent,
     });
 
+    values["sandbox"] = template::render("app-sandbox.tera", &values)?.trim_end().into();
     let top = format!("{APPS}/{name}");
     let mut writer = Writer::new(out);
     writer.folder(&top, 0o700, epoch)?;
@@ -254,6 +258,42 @@ fn check_volumes(name: &str, volumes: &[String]) -> Result<()> {
             .into()),
         None => Ok(()),
     }
+}
+
+/// What the image says of itself becomes lines of a unit: nothing of it may end a line.
+fn check_words(name: &str, workdir: &str, command: &[String], environment: &BTreeMap<String, String>) -> Result<()> {
+    let refused = |what: &str, text: &str| {
+        Problem::failed(format!("the {what} of app `{name}`, {text:?}, cannot be written into a unit"))
+            .hint("the image says it; build it with another one")
+    };
+    if !workdir.starts_with('/') || workdir.chars().any(|c| c.is_control() || c == '\\') {
+        return Err(refused("working folder", workdir).into());
+    }
+    // Line ends and tabs are quoted.
+    let odd = |text: &&str| text.chars().any(|c| c.is_control() && !matches!(c, '\n' | '\t' | '\r'));
+    if let Some(word) = command.iter().map(String::as_str).find(odd) {
+        return Err(refused("command", word).into());
+    }
+    let mut variables = environment.iter().flat_map(|(key, value)| [key.as_str(), value.as_str()]);
+    variables.find(odd).map_or(Ok(()), |text| Err(refused("environment", text).into()))
+}
+
+/// Where the volumes are in the tree, links followed, each once: what is below another comes with that one.
+///
+/// The folder is copied and mounted by this path. By the declared one a link of the image would be followed in the
+/// host's tree.
+fn mounted(tree: &Tree, declared: &[String]) -> Result<Vec<String>> {
+    let real = |path: &String| {
+        let found = tree.real_path(path.as_bytes()).filter(|real| !real.is_empty());
+        let found = found.and_then(|real| String::from_utf8(real).ok()).map(|real| format!("/{real}"));
+        found.with_context(|| Problem::failed(format!("the volume `{path}` of the image leads nowhere it could be mounted")))
+    };
+    let mut paths = declared.iter().map(real).collect::<Result<Vec<String>>>()?;
+    paths.sort();
+    paths.dedup();
+    let outer = paths.clone();
+    paths.retain(|path| !outer.iter().any(|other| path.strip_prefix(other.as_str()).is_some_and(|rest| rest.starts_with('/'))));
+    Ok(paths)
 }
 
 /// The image's variables, with the app's own.

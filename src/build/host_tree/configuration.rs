@@ -168,7 +168,7 @@ fn host_json(pipeline: &Pipeline, host: &Host, apps: &[AppInput]) -> Result<Stri
         "name": pipeline.name,
         "initrd": host.initrd,
         "arguments": host.arguments,
-        "modules": [],
+        "modules": host.modules,
         "hostname": host.hostname,
         "apps": apps.iter().map(|app| &app.app.name).collect::<Vec<_>>(),
         "disk": {

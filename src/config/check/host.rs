@@ -303,6 +303,14 @@ impl Checker<'_> {
                 let hint = Some("give one of them another name: `{ image: …, name: … }`".into());
                 self.findings.add(&name_place, format!("there is another app `{name}`"), hint);
             }
+            // `app-NAME-health.service` and `app-NAME-prepare.service` are ours.
+            let clash =
+                |one: &str, other: &str| other.strip_prefix(one).is_some_and(|rest| matches!(rest, "-health" | "-prepare"));
+            if let Some(other) = checked.iter().find(|other| clash(&other.name, &name) || clash(&name, &other.name)) {
+                let message = format!("the units of the apps `{}` and `{name}` would have the same names", other.name);
+                let hint = Some("give one of them another name: `{ image: …, name: … }`".into());
+                self.findings.add(&name_place, message, hint);
+            }
             let same = settings.port.and_then(|port| checked.iter().find(|other| other.port == Some(port)));
             if let Some(other) = same {
                 let message = format!("the apps `{}` and `{name}` have the same port", other.name);

@@ -63,9 +63,31 @@ pub struct Outcome {
 }
 
 impl Outcome {
+    /// The outcome of a test whose machine could not be prepared.
+    pub fn unprepared(test: &VmTest, firmware: Firmware, folder: PathBuf, error: &anyhow::Error) -> Self {
+        let chain: Vec<String> = error.chain().map(ToString::to_string).collect();
+        let hints: Vec<String> = crate::error::hints(error).into_iter().map(|hint| format!("hint: {hint}")).collect();
+        let came = [vec![chain.join(": ")], hints].concat().join("\n");
+        let result = StepResult::Failed { expected: "a machine".into(), came };
+        let first = StepOutcome { title: "prepare the machine".into(), line: 1, seconds: 0.0, result };
+        Self { steps: [vec![first], skipped(test)].concat(), ..Self::not_run(test, firmware, folder) }
+    }
+
+    /// The outcome of a test that was not run because one before it failed.
+    pub fn not_run(test: &VmTest, firmware: Firmware, folder: PathBuf) -> Self {
+        let (name, file) = (test.name.clone(), test.file.clone());
+        Self { test: name, file, firmware, steps: skipped(test), seconds: 0.0, folder, console: Vec::new() }
+    }
+
     pub fn failed(&self) -> Option<(usize, &StepOutcome)> {
         self.steps.iter().enumerate().find(|(_, step)| matches!(step.result, StepResult::Failed { .. }))
     }
+}
+
+fn skipped(test: &VmTest) -> Vec<StepOutcome> {
+    let skip =
+        |step: &Step| StepOutcome { title: step.title.clone(), line: step.line, seconds: 0.0, result: StepResult::Skipped };
+    test.steps.iter().map(skip).collect()
 }
 
 #[derive(Debug, Clone, serde::Serialize)]

@@ -224,3 +224,75 @@ fn ports_clash() {
     assert_eq!(check_ports(&apps).unwrap_err().to_string(), "the apps `a` and `c` both listen on port 80");
     check_ports(&apps[..2]).unwrap();
 }
+
+#[test]
+fn volumes_are_where_links_of_the_image_lead() {
+    let mut tree = tree();
+    let folder = Meta { mode: 0o755, ..Meta::default() };
+    let link = |target: &str| Node { meta: folder.clone(), kind: Kind::Symlink(target.as_bytes().to_vec()) };
+    tree.put(b"var/run", link("/run"), &folder);
+    tree.put(b"host", link("../../etc"), &folder);
+    tree.put(b"loop", link("loop"), &folder);
+    for path in ["run/x", "srv/a/b"] {
+        ensure_folder(&mut tree, path, &folder).unwrap();
+    }
+    let cases: [(&[&str], Result<&[&str], &str>); 6] = [
+        (&["/data"], Ok(&["/data"])),
+        (&["/var/run/x"], Ok(&["/run/x"])),
+        (&["/host", "/data"], Ok(&["/data", "/etc"])),
+        (&["/srv/a/b", "/srv", "/data"], Ok(&["/data", "/srv"])),
+        (&["/loop"], Err("leads nowhere")),
+        (&["/nothing"], Err("leads nowhere")),
+    ];
+    for (declared, expected) in cases {
+        let declared: Vec<String> = declared.iter().map(|path| (*path).to_string()).collect();
+        match (mounted(&tree, &declared), expected) {
+            (Ok(found), Ok(expected)) => assert_eq!(found, expected),
+            (Err(error), Err(expected)) => assert!(error.to_string().contains(expected), "{error}"),
+            (found, expected) => panic!("{declared:?}: {found:?}, not {expected:?}"),
+        }
+    }
+}
+
+#[test]
+fn nothing_of_an_image_becomes_a_line_of_its_own() {
+    let good = BTreeMap::from([("A".to_string(), "two\nlines".to_string())]);
+    assert!(check_words("web", "/srv/a b", &["/bin/sh".into(), "a\tb".into()], &good).is_ok());
+    for workdir in ["/\nExecStartPre=+/bin/sh", "srv", "/srv\\", "/\u{b}"] {
+        let error = check_words("web", workdir, &[], &good).unwrap_err();
+        assert!(error.to_string().starts_with("the working folder of app `web`"), "{error}");
+    }
+    assert!(check_words("web", "/", &["a\0b".into()], &good).is_err());
+    assert!(check_words("web", "/", &[], &BTreeMap::from([("A".into(), "\u{1b}[".into())])).is_err());
+}
+
+#[test]
+fn a_health_command_runs_in_the_sandbox_of_its_app() {
+    let health = Health { check: HealthCheck::Command(vec!["/bin/check".into()]), deadline: std::time::Duration::from_secs(20) };
+    let labels = BTreeMap::from([(HEALTH_LABEL.into(), serde_json::to_string(&health).unwrap())]);
+    let config = RunConfig { labels: Some(labels), ..config() };
+    let (bytes, _) = layer(&input("web", Some(8080)), tree(), &config, 7, Vec::new()).unwrap();
+    let mut archive = tar::Archive::new(&bytes[..]);
+    let units: BTreeMap<String, String> = archive
+        .entries()
+        .unwrap()
+        .map(|entry| {
+            let mut entry = entry.unwrap();
+            let mut text = String::new();
+            let path = entry.path().unwrap().to_string_lossy().into_owned();
+            if path.ends_with(".service") && entry.header().entry_type().is_file() {
+                std::io::Read::read_to_string(&mut entry, &mut text).unwrap();
+            }
+            (path, text)
+        })
+        .collect();
+    let unit = |name: &str| &units[&format!("usr/lib/systemd/system/app-web{name}.service")];
+    let sandbox = |text: &str| -> Vec<String> {
+        let kept =
+            ["Protect", "Private", "Restrict", "SystemCall", "RootDirectory", "NoNew", "Inaccessible", "BindPaths", "User="];
+        text.lines().filter(|line| kept.iter().any(|start| line.starts_with(start))).map(String::from).collect()
+    };
+    assert_eq!(sandbox(unit("-health")), sandbox(unit("")));
+    assert!(unit("-health").contains("\nExecStart=:/run/pipeline/init health command 200 /bin/check\n"), "{}", unit("-health"));
+    assert!(sandbox(unit("")).len() > 20);
+}
