@@ -182,7 +182,7 @@ impl Rule {
 
     /// What RFC 5545 forbids together.
     fn consistent(self) -> Result<Self, Wrong> {
-        use Frequency::{Daily, Monthly, Weekly, Yearly};
+        use Frequency::{Daily, Monthly, Weekly};
         if self.count.is_some() && self.until.is_some() {
             return wrong("a rule has `COUNT` or `UNTIL`, not both", "keep one of them");
         }
@@ -199,7 +199,6 @@ impl Rule {
         if !self.positions.is_empty() && self.days.is_empty() && by_something.iter().all(|list| list.is_empty()) {
             return wrong("`BYSETPOS` chooses from what another part gives", "like `BYDAY=MO,TU,WE,TH,FR;BYSETPOS=-1`");
         }
-        debug_assert!(matches!(self.frequency, Daily | Weekly | Monthly | Yearly));
         Ok(self)
     }
 
@@ -220,7 +219,7 @@ impl Rule {
     /// RFC's own words, a `start` that does not fit the rule is not one of them.
     pub fn starts<'r>(&'r self, start: DateTime, zone: &'r TimeZone, from: Timestamp) -> Starts<'r> {
         let local = zone.to_datetime(from);
-        let last = local.date().saturating_add(i32::from(HORIZON_YEARS).years());
+        let last = local.date().max(start.date()).saturating_add(i32::from(HORIZON_YEARS).years());
         let mut starts = Starts { rule: self, zone, start, from, last, period: 0, seen: 0, ready: VecDeque::new(), ended: false };
         if self.count.is_none() {
             // Two days before: a clock change, and the week or month the day before belongs to.
@@ -545,8 +544,8 @@ impl Schedule {
         rules.iter().filter_map(last).max().and_then(|start| start.checked_add(self.duration).ok())
     }
 
-    fn starts(&self, rule: &Rule, from: Timestamp) -> impl Iterator<Item = Timestamp> {
-        let kept = |(_, local): &(Timestamp, DateTime)| {
+    fn starts<'s>(&'s self, rule: &'s Rule, from: Timestamp) -> impl Iterator<Item = Timestamp> + 's {
+        let kept = move |(_, local): &(Timestamp, DateTime)| {
             !self.except.iter().any(|except| match except {
                 Except::Day(day) => *day == local.date(),
                 Except::Moment(moment) => moment == local,

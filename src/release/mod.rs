@@ -8,3 +8,6 @@ pub mod gate;
 pub mod policy;
 pub mod promotion;
 pub mod state;
+
+#[cfg(test)]
+mod sample;

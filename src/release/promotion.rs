@@ -210,7 +210,7 @@ fn opening(view: View<'_>, state: &State, gates: &[&Gate], answers: &[Answer], q
     let waits = |answer: &Answer| {
         answer.gate == FREEZE || gates.iter().any(|gate| gate.name == answer.gate && gate::is_about_time(&gate.check))
     };
-    let not_asked = |answer: &Answer| answer.verdict == Verdict::Unknown && answer.reason.starts_with("not asked");
+    let not_asked = |answer: &Answer| answer.verdict == Verdict::Unknown && answer.reason.starts_with(gate::NOT_ASKED);
     if answers.iter().any(|answer| answer.stops() && !waits(answer) && !not_asked(answer)) {
         return None;
     }

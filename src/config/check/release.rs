@@ -318,3 +318,6 @@ fn named_twice(gates: &[Gate], name: &str) -> bool {
 fn kinds() -> [&'static str; 12] {
     Check::NAMES
 }
+
+#[cfg(test)]
+mod tests;

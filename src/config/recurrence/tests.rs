@@ -225,7 +225,7 @@ fn windows_are_open_and_closed_to_the_second() {
         ("deny, spring, after", &denied, "2026-03-29T03:30:00Z", true, Some("2026-03-29T03:30:00Z")),
         ("deny, autumn, the repeated hour is inside", &denied, "2026-10-25T01:15:00Z", false, Some("2026-10-25T02:30:00Z")),
         ("deny, autumn, after", &denied, "2026-10-25T02:30:00Z", true, Some("2026-10-25T02:30:00Z")),
-        ("open-ended, far away", &office, "2062-07-17T15:00:00Z", false, Some("2062-07-20T07:00:00Z")),
+        ("open-ended, far away", &office, "2062-07-14T15:00:00Z", false, Some("2062-07-17T07:00:00Z")),
         ("deny wins over allow", &christmas, "2026-12-24T10:00:00Z", false, Some("2026-12-25T00:00:00Z")),
         ("deny before", &christmas, "2026-12-23T23:59:59Z", true, Some("2026-12-23T23:59:59Z")),
         ("overlapping windows are one", &overlapping, "2026-01-05T13:30:00Z", true, Some("2026-01-05T13:30:00Z")),
@@ -239,7 +239,7 @@ fn windows_are_open_and_closed_to_the_second() {
         ("a moment left out", &moment, "2026-01-05T09:30:00Z", false, Some("2026-01-05T13:00:00Z")),
         ("the other moment of that day", &moment, "2026-01-05T13:30:00Z", true, Some("2026-01-05T13:30:00Z")),
         ("long ago", &nights, "1950-01-01T00:00:00Z", false, Some("1970-01-01T21:00:00Z")),
-        ("the end of time", &nights, "9999-12-30T22:00:00Z", true, Some("9999-12-30T22:00:00Z")),
+        ("far from now", &nights, "9900-12-30T22:00:00Z", true, Some("9900-12-30T22:00:00Z")),
     ];
     for (what, schedule, moment, open, next) in cases {
         assert_eq!((schedule.is_open(at(moment)), schedule.next_open(at(moment))), (open, next.map(at)), "{what}");
@@ -257,7 +257,7 @@ fn what_is_no_rule_is_told() {
         ("FREQ=DAILY;FREQ=DAILY", "`FREQ` is in the rule twice"),
         ("FREQ=DAILY;BYDAI=MO", "`BYDAI` is not a part of a recurrence rule"),
         ("FREQ=WEEKLY;BYDAY=XX", "`XX` is not a day of the week"),
-        ("FREQ=WEEKLY;BYDAY=é", "`É` is not a day of the week"),
+        ("FREQ=WEEKLY;BYDAY=é", "`é` is not a day of the week"),
         ("FREQ=MONTHLY;BYDAY=0MO", "`BYDAY=0` is not a list of numbers that fit"),
         ("FREQ=WEEKLY;BYDAY=1MO", "a number before a day needs `FREQ=MONTHLY` or `FREQ=YEARLY`"),
         ("FREQ=MONTHLY;BYMONTHDAY=32", "`BYMONTHDAY=32` is not a list of numbers that fit"),
@@ -269,7 +269,7 @@ fn what_is_no_rule_is_told() {
         ("FREQ=DAILY;COUNT=99999", "`COUNT=99999` is not a number from 1 to 10000"),
         ("FREQ=DAILY;COUNT=1;UNTIL=20260101", "a rule has `COUNT` or `UNTIL`, not both"),
         ("FREQ=DAILY;UNTIL=20261301", "`UNTIL=20261301` is not a date"),
-        ("FREQ=DAILY;UNTIL=2026ü101", "`UNTIL=2026Ü101` is not a date"),
+        ("FREQ=DAILY;UNTIL=2026ü101", "`UNTIL=2026ü101` is not a date"),
         ("FREQ=DAILY;UNTIL=20261201Z", "`UNTIL=20261201Z` is not a date"),
         ("FREQ=DAILY;BYSETPOS=1", "`BYSETPOS` chooses from what another part gives"),
         ("DTSTART:20260101T000000Z\nRRULE:FREQ=DAILY", "a rule is one line"),

@@ -122,3 +122,77 @@ fn drain(mut pipe: impl Read + Send + 'static) -> Receiver<Vec<u8>> {
     });
     receiver
 }
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use crate::config::types::Seconds;
+
+    fn asked(script: &str, seconds: u64) -> (Result<Ended>, Command) {
+        let run = ["sh", "-c", script].map(str::to_owned).to_vec();
+        let command = Command { run, timeout: Seconds(seconds) };
+        let variables = BTreeMap::from([("PIPELINE_RELEASE".to_owned(), "sha256:0".to_owned())]);
+        (run_in_tmp(&command, &variables), command)
+    }
+
+    fn run_in_tmp(command: &Command, variables: &BTreeMap<String, String>) -> Result<Ended> {
+        run(command, variables, &std::env::temp_dir())
+    }
+
+    #[test]
+    fn programs_answer() {
+        let cases = [
+            ("allow", "echo looking; echo \"fine: $PIPELINE_RELEASE\"", 30, "allow fine: sha256:0"),
+            ("allow without a word", "true", 30, "allow `true` says yes"),
+            ("deny", "echo no good; exit 1", 30, "deny no good"),
+            (
+                "unknown",
+                "echo yes; echo usage >&2; exit 64",
+                30,
+                "unknown `echo yes; echo usage >&2; exit 64` ended with status 64: usage",
+            ),
+            ("hang", "sleep 600", 1, "unknown `sleep 600` did not end within 1s"),
+            (
+                "hang that ignores signals",
+                "trap '' TERM INT HUP; while :; do sleep 600; done",
+                1,
+                "unknown `trap '' TERM INT HUP; while :; do sleep 600; done` did not end within 1s",
+            ),
+            ("crash", "kill -SEGV $$", 30, "unknown `kill -SEGV $$` ended with signal 11"),
+            ("malformed", "printf '\\377\\033[1mbold\\007\\n\\n'", 30, "allow \u{fffd} [1mbold"),
+            ("a lot to say", "head -c 3000000 /dev/zero | tr '\\0' x; echo; echo enough", 30, "allow enough"),
+            ("nothing to read", "cat; echo read", 30, "allow read"),
+        ];
+        for (what, script, seconds, expected) in cases {
+            let (ended, command) = asked(script, seconds);
+            let answer = judge(ended, &command);
+            assert_eq!(format!("{} {}", answer.verdict, answer.reason), expected, "{what}");
+        }
+        let command = Command { run: vec!["no-such-program".into()], timeout: Seconds(5) };
+        let answer = judge(run_in_tmp(&command, &BTreeMap::new()), &command);
+        assert_eq!(format!("{} {}", answer.verdict, answer.reason), "unknown `no-such-program` is not installed");
+    }
+
+    #[test]
+    fn what_a_program_started_ends_with_it() {
+        let folder = tempfile::tempdir().unwrap();
+        let file = folder.path().join("pid");
+        // The child holds the pipes; the answer comes all the same, and the child is gone.
+        for (script, expected) in [("exit 0", "allow done"), ("sleep 600", "unknown")] {
+            let script = format!("sleep 600 & echo $! > {}; echo done; {script}", file.display());
+            let (ended, command) = asked(&script, 2);
+            let answer = judge(ended, &command);
+            assert!(format!("{} {}", answer.verdict, answer.reason).starts_with(expected), "{answer:?}");
+            let pid: i32 = fs_err::read_to_string(&file).unwrap().trim().parse().unwrap();
+            let gone = || match fs_err::read_to_string(format!("/proc/{pid}/stat")) {
+                Err(_) => true,
+                Ok(stat) => stat.rsplit(") ").next().is_some_and(|rest| rest.starts_with('Z')),
+            };
+            let end = Instant::now() + Duration::from_secs(20);
+            while !gone() && Instant::now() < end {
+                std::thread::sleep(Duration::from_millis(10));
+            }
+            assert!(gone(), "{script}");
+        }
+    }
+}

@@ -99,3 +99,70 @@ fn client(request: &Http, network: &Network) -> Result<reqwest::Client> {
     }
     builder.build().context("cannot make an HTTP client")
 }
+
+#[cfg(test)]
+mod tests {
+    use std::io::{Read as _, Write as _};
+    use std::net::{Shutdown, TcpListener};
+    use std::time::Duration;
+
+    use super::*;
+    use crate::config::types::Seconds;
+
+    /// A server for one request that answers with `bytes`, or holds the line; gives its address and what it was asked.
+    fn server(bytes: Option<&'static [u8]>) -> (String, std::thread::JoinHandle<String>) {
+        let listener = TcpListener::bind("127.0.0.1:0").unwrap();
+        let address = format!("http://{}/ready?x=1", listener.local_addr().unwrap());
+        let served = std::thread::spawn(move || {
+            let (mut stream, _) = listener.accept().unwrap();
+            let mut asked = Vec::new();
+            let mut buffer = [0; 4096];
+            while !asked.windows(4).any(|window| window == b"\r\n\r\n") {
+                match stream.read(&mut buffer) {
+                    Ok(read @ 1..) => asked.extend_from_slice(&buffer[..read]),
+                    _ => break,
+                }
+            }
+            match bytes {
+                Some(bytes) => stream.write_all(bytes).unwrap(),
+                None => while matches!(stream.read(&mut buffer), Ok(1..)) {},
+            }
+            let _ = stream.shutdown(Shutdown::Both);
+            String::from_utf8(asked).unwrap()
+        });
+        (address, served)
+    }
+
+    #[test]
+    fn addresses_answer() {
+        let cases: [(&str, Option<&'static [u8]>, &str); 7] = [
+            ("allow", Some(b"HTTP/1.1 200 OK\r\ncontent-length: 0\r\n\r\n"), "allow `URL` answers 200"),
+            ("deny", Some(b"HTTP/1.1 503 Away\r\ncontent-length: 0\r\n\r\n"), "deny `URL` answers 503"),
+            (
+                "redirect",
+                Some(b"HTTP/1.1 302 Found\r\nlocation: http://127.0.0.1:9/\r\ncontent-length: 0\r\n\r\n"),
+                "deny `URL` answers 302",
+            ),
+            ("cut in the body", Some(b"HTTP/1.1 200 OK\r\ncontent-length: 900\r\n\r\nx"), "allow `URL` answers 200"),
+            ("crash", Some(b""), "unknown `URL`: no answer"),
+            ("malformed", Some(b"SSH-2.0-OpenSSH_10.0\r\n\r\n"), "unknown `URL`: no answer"),
+            ("hang", None, "unknown `URL`: no answer within 1s"),
+        ];
+        for (what, bytes, expected) in cases {
+            let (url, served) = server(bytes);
+            let request = Http { url: url.clone(), status: None, timeout: Seconds(if bytes.is_some() { 30 } else { 1 }) };
+            // A proxy that is not there: loopback goes around it.
+            let network = Network { http_proxy: Some("http://127.0.0.1:9".into()), ..Network::default() };
+            let headers = BTreeMap::from([("x-pipeline-version".to_owned(), "1.4".to_owned())]);
+            let answer = judge(ask(&request, &headers, &network), &request);
+            let shown = format!("{} {}", answer.verdict, answer.reason).replace(&url, "URL");
+            assert!(shown.starts_with(expected), "{what}: {shown}");
+            let asked = served.join().unwrap();
+            assert!(asked.starts_with("GET /ready?x=1 HTTP/1.1\r\n") && asked.contains("x-pipeline-version: 1.4\r\n"), "{asked}");
+        }
+        let nobody = Http { url: "http://127.0.0.1:9/".into(), status: None, timeout: Seconds(30) };
+        let answer = judge(ask(&nobody, &BTreeMap::new(), &Network::default()), &nobody);
+        assert_eq!(answer.verdict, Verdict::Unknown, "{answer:?}");
+        assert!(nobody.timeout.duration() > Duration::from_secs(1));
+    }
+}

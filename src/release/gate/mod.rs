@@ -29,6 +29,8 @@ pub use artifact::compare_versions;
 pub const FREEZE: &str = "freeze";
 /// What a hold is called among the answers.
 pub const HOLD: &str = "hold";
+/// What the reason of a gate begins with that was not asked, because another one stands in the way or it is passed over.
+pub(super) const NOT_ASKED: &str = "not asked";
 /// Characters of a reason that are kept; the rest is `…`.
 const REASON_MAX: usize = 200;
 
@@ -194,7 +196,10 @@ pub fn ask_all(
         gates.iter().map(|gate| (!is_costly(&gate.check)).then(|| ask(gate, question, evidence))).collect();
     let stops = |answers: &[Option<Answer>]| {
         let pairs = gates.iter().zip(answers).filter_map(|(gate, answer)| Some((gate, answer.as_ref()?)));
-        pairs.into_iter().find(|(gate, answer)| answer.stops() && !passed_over(gate)).map(|(gate, _)| gate.name.clone())
+        pairs
+            .into_iter()
+            .find(|(gate, answer)| answer.stops() && !answer.reason.starts_with(NOT_ASKED) && !passed_over(gate))
+            .map(|(gate, _)| gate.name.clone())
     };
     for index in 0..gates.len() {
         if answers[index].is_some() {
@@ -203,8 +208,8 @@ pub fn ask_all(
         let gate = gates[index];
         let other = stopped.map(str::to_owned).or_else(|| stops(&answers));
         answers[index] = Some(match other {
-            _ if passed_over(gate) => Answer::new(&gate.name, Verdict::Unknown, "not asked"),
-            Some(other) => Answer::new(&gate.name, Verdict::Unknown, format!("not asked: `{other}` stands in the way")),
+            _ if passed_over(gate) => Answer::new(&gate.name, Verdict::Unknown, NOT_ASKED),
+            Some(other) => Answer::new(&gate.name, Verdict::Unknown, format!("{NOT_ASKED}: `{other}` stands in the way")),
             None => ask(gate, question, evidence),
         });
     }

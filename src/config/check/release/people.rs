@@ -10,6 +10,7 @@ use crate::config::file;
 use crate::config::syntax::Wrong;
 use crate::config::types::{Check, Environment, Person, role};
 use crate::config::yaml::Place;
+use crate::error::nearest;
 
 /// The kinds of key a signature can be checked with.
 const KEY_KINDS: [&str; 5] = ["ssh-ed25519", "ecdsa-sha2-nistp256", "ecdsa-sha2-nistp384", "ecdsa-sha2-nistp521", "ssh-rsa"];
@@ -70,9 +71,12 @@ impl Checker<'_> {
             let known: Vec<&str> = role::ALL.iter().copied().chain(asked.iter().map(String::as_str)).collect();
             if roles[..index].contains(role) {
                 self.findings.add(&place.item(index), format!("the role `{role}` is here twice"), None);
-            } else if !known.contains(&role.as_str()) {
-                let hint = suggestion(role, &known, "roles that mean something are");
+            } else if let Some(near) = nearest(role, known.iter().copied()).filter(|near| near != role) {
+                // Roles of one's own may be there before a gate asks for them; one that is nearly another is a slip.
+                let hint = Some(format!("did you mean `{near}`?"));
                 self.findings.add(&place.item(index), format!("no gate asks for the role `{role}`"), hint);
+            } else if role.is_empty() || role.contains(|c: char| c.is_whitespace() || c.is_control()) {
+                self.findings.add(&place.item(index), format!("`{role}` is not the name of a role"), None);
             }
         }
     }
