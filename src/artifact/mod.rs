@@ -4,6 +4,7 @@ pub mod archive;
 pub mod disk;
 pub mod image;
 pub mod store;
+pub mod version;
 
 /// What an artifact is: `image`, `host`, `disk`, or the type its manifest names (DESIGN, section 7,
 /// contract 1: the tag tells a host's image from an application's).

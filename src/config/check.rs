@@ -60,10 +60,14 @@ pub fn check(
             || !image.command.is_empty();
         checker.host(written, &root.key("host"), name.as_ref(), has_image)
     });
+    let (environments, people) = (written.environments, written.people);
+    let releases = release::Written { environments, people, ledger: written.ledger, registry: written.registry };
+    let releases = checker.releases(releases, root, name.as_ref(), host.is_some());
     if !checker.findings.is_empty() {
         return None;
     }
-    Some(Pipeline { name: name?, file: file.into(), base: base?, runtime, source, build, configure, image, host, dir })
+    let (name, base, file) = (name?, base?, file.into());
+    Some(Pipeline { name, file, base, runtime, source, build, configure, image, host, releases, dir })
 }
 
 /// Notes what `result` says is wrong at `place`.
@@ -113,6 +117,7 @@ pub(crate) fn suite(findings: &mut Findings, text: &str, place: &Place<'_>) -> O
 }
 
 pub mod host;
+pub mod release;
 
 struct Checker<'c> {
     dir: &'c Path,

@@ -9,9 +9,14 @@ use schemars::JsonSchema;
 use serde::Deserialize;
 
 mod host;
+mod release;
 
 pub use host::{App, AppSettings, Disk, Firewall, Firmware, Format, Group, Host, HostFile, Initrd, Kernel, KernelFiles, Restart};
 pub use host::{Units, User};
+pub use release::{
+    Approve, ApproveRule, Budget, Command, Environment, Gate, Http, Ledger, LedgerSettings, OneOrMany, Person, Provenance,
+    Report, Sbom, SbomDeny, SecretPlace, SecretRef, Signed, SignedKeys, Upstream, UpstreamRule, Volume, Window,
+};
 
 /// A pipeline: what is built, from what, and how.
 #[derive(Debug, Clone, Deserialize, JsonSchema)]
@@ -39,6 +44,18 @@ pub struct PipelineFile {
     /// A machine: the pipeline makes a host image too, which `pipeline bake` makes a disk of.
     #[serde(default)]
     pub host: Option<Host>,
+    /// Places a release is promoted to, by name. They take effect through `pipeline environment apply`.
+    #[serde(default)]
+    pub environments: BTreeMap<String, Environment>,
+    /// Who may decide, by the name Git knows them by. Where anybody is named, only signed decisions count.
+    #[serde(default)]
+    pub people: BTreeMap<String, Person>,
+    /// The Git repository decisions are written to. Default: one on this machine.
+    #[serde(default)]
+    pub ledger: Option<Ledger>,
+    /// The repository releases are pushed to, like `registry.example/team/shop`.
+    #[serde(default)]
+    pub registry: Option<String>,
 }
 
 /// Exactly one of `debian`, `image`, `oci`, `tar` and `scratch`.

@@ -10,6 +10,7 @@ pub mod diagnostic;
 pub mod embedded;
 pub mod file;
 mod find;
+pub mod recurrence;
 pub mod shape;
 pub mod syntax;
 pub mod types;
@@ -218,6 +219,7 @@ image:
                 compression: Compression::Gzip,
             },
             host: None,
+            releases: Default::default(),
         };
         // Relative to the current folder, from below, with `..`: one result.
         for (file, cwd) in [("pipeline.yaml", root.clone()), ("../pipeline.yaml", root.join("apps"))] {
@@ -259,6 +261,7 @@ image:
                 compression: Compression::Zstd,
             },
             host: None,
+            releases: Default::default(),
         };
         assert_eq!(pipeline, expected);
     }

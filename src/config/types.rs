@@ -13,8 +13,13 @@ pub use host::{
     App, AppImage, Disk, FileContent, Firewall, Firmware, Format, Host, HostFile, Initrd, Kernel, Open, Protocol, Restart,
 };
 pub use host::{Units, User};
+pub use release::{
+    Approve, Budget, Check, Command, Environment, Gate, Http, Ledger, Person, Provenance, Releases, Report, Sbom, SbomDeny,
+    Seconds, SecretRef, Signed, Upstream, VmTestFile, Volume, Window, Yes, role,
+};
 
 mod host;
+mod release;
 
 /// Name of a pipeline and its image: `[a-z0-9]` and inner `.`, `_`, `-` (an OCI repository component).
 #[derive(Debug, Clone, PartialEq, Eq, PartialOrd, Ord, Hash, Serialize)]
@@ -94,6 +99,8 @@ pub struct Pipeline {
     pub image: Image,
     /// The machine, when the pipeline makes one.
     pub host: Option<Host>,
+    /// Environments, people, ledger and registry.
+    pub releases: Releases,
 }
 
 impl Pipeline {
