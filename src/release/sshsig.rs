@@ -9,7 +9,12 @@ use std::path::{Path, PathBuf};
 use std::time::Duration;
 
 use anyhow::{Context as _, Result, bail, ensure};
-use ssh_key::{Algorithm, HashAlg, LineEnding, PrivateKey, PublicKey, Signature, SshSig};
+use rsa::pkcs1v15::SigningKey;
+use rsa::sha2::Sha512;
+use rsa::signature::{SignatureEncoding as _, Signer as _};
+use rsa::{BigUint, RsaPrivateKey};
+use ssh_key::private::{KeypairData, RsaKeypair};
+use ssh_key::{Algorithm, HashAlg, LineEnding, Mpint, PrivateKey, PublicKey, Signature, SshSig};
 
 use crate::error::Problem;
 
@@ -108,19 +113,30 @@ impl Signer {
     /// # Errors
     /// An agent that refuses or does not answer.
     pub fn sign(&self, namespace: &str, message: &[u8]) -> Result<String> {
+        let data = SshSig::signed_data(namespace, HashAlg::Sha512, message)?;
         let signature = match &self.source {
-            Source::Key(key) => key.sign(namespace, HashAlg::Sha512, message)?,
-            Source::Agent(socket) => {
-                let data = SshSig::signed_data(namespace, HashAlg::Sha512, message)?;
-                let signature = Agent::connect(socket)?.sign(&self.public, &data)?;
-                SshSig::new(self.public.key_data().clone(), namespace, HashAlg::Sha512, signature)?
-            }
+            Source::Key(key) => match key.key_data() {
+                KeypairData::Rsa(pair) => sign_rsa(pair, &data)?,
+                pair => pair.try_sign(&data)?,
+            },
+            Source::Agent(socket) => Agent::connect(socket)?.sign(&self.public, &data)?,
         };
+        let signature = SshSig::new(self.public.key_data().clone(), namespace, HashAlg::Sha512, signature)?;
         let armoured = signature.to_pem(LineEnding::LF)?;
         // An agent could answer anything; a wrong signature must not get into the ledger.
         verify(&armoured, namespace, message).context("the signature that was made is not good")?;
         Ok(armoured)
     }
+}
+
+/// RSA with SHA-512 (RFC 8332). ssh-key 0.6 takes one of the two primes twice, and cannot use a key of its own format.
+fn sign_rsa(pair: &RsaKeypair, data: &[u8]) -> Result<Signature> {
+    let number = |number: &Mpint| number.as_positive_bytes().map(BigUint::from_bytes_be).context("a negative number in the key");
+    let (public, private) = (&pair.public, &pair.private);
+    let primes = vec![number(&private.p)?, number(&private.q)?];
+    let key = RsaPrivateKey::from_components(number(&public.n)?, number(&public.e)?, number(&private.d)?, primes)?;
+    let signature = SigningKey::<Sha512>::new(key).try_sign(data)?;
+    Ok(Signature::new(Algorithm::Rsa { hash: Some(HashAlg::Sha512) }, signature.to_vec())?)
 }
 
 /// Whose the armoured signature of `message` is.
@@ -141,7 +157,8 @@ pub fn verify(armoured: &str, namespace: &str, message: &[u8]) -> Result<By> {
 /// A [`Problem`] when it is no OpenSSH public key.
 pub fn public_key(text: &str) -> Result<By> {
     let key = PublicKey::from_openssh(text.trim()).map_err(|error| {
-        Problem::usage(format!("`{}` is no SSH public key: {error}", text.trim())).hint("give the line of a file like `id_ed25519.pub`")
+        Problem::usage(format!("`{}` is no SSH public key: {error}", text.trim()))
+            .hint("give the line of a file like `id_ed25519.pub`")
     })?;
     Ok(By { key: line(&key), fingerprint: fingerprint(&key) })
 }

@@ -192,13 +192,7 @@ fn parse_trailers(paragraph: &str) -> Option<Vec<(String, String)>> {
 ///
 /// # Errors
 /// A name or message that Git cannot hold; a signer that cannot sign.
-pub(super) fn write(
-    tree: Oid,
-    parent: Option<Oid>,
-    author: &Author,
-    message: &str,
-    signer: Option<&Signer>,
-) -> Result<Vec<u8>> {
+pub(super) fn write(tree: Oid, parent: Option<Oid>, author: &Author, message: &str, signer: Option<&Signer>) -> Result<Vec<u8>> {
     let who = format_author(author)?;
     if message.contains('\0') {
         bail!(Problem::failed("a reason cannot hold a zero byte"));
@@ -253,7 +247,10 @@ mod tests {
         let bytes = write(tree, Some(parent), &author(), MESSAGE, None).unwrap();
         let commit = Commit::parse(tree, &bytes).unwrap();
         assert_eq!((commit.tree, commit.parent, &commit.author, &commit.committer), (tree, Some(parent), &author(), &author()));
-        assert_eq!((commit.subject.as_str(), commit.body.as_str()), (MESSAGE.lines().next().unwrap(), "We need it.\nNot: a trailer\n\nReally."));
+        assert_eq!(
+            (commit.subject.as_str(), commit.body.as_str()),
+            (MESSAGE.lines().next().unwrap(), "We need it.\nNot: a trailer\n\nReally.")
+        );
         let pairs: Vec<(&str, &str)> = commit.trailers.iter().map(|(key, value)| (key.as_str(), value.as_str())).collect();
         let expected = [
             ("Decision", "promote"),
@@ -306,7 +303,14 @@ mod tests {
         let id = Oid::from_str(&"1".repeat(40)).unwrap();
         let good = format!("tree {id}\nauthor a <b> 1 +0000\ncommitter a <b> 1 +0000\n\nm\n");
         assert!(Commit::parse(id, good.as_bytes()).is_ok());
-        for (find, replace) in [("tree ", "wood "), ("author a", "authors a"), ("<b>", "b"), (" 1 +0000", " x"), ("\n\n", "\n"), (" 1 ", " 99999999999999 ")] {
+        for (find, replace) in [
+            ("tree ", "wood "),
+            ("author a", "authors a"),
+            ("<b>", "b"),
+            (" 1 +0000", " x"),
+            ("\n\n", "\n"),
+            (" 1 ", " 99999999999999 "),
+        ] {
             assert!(Commit::parse(id, good.replacen(find, replace, 1).as_bytes()).is_err(), "{find}");
         }
         let twice = good.replace("\n\n", "\ngpgsig a\n b\ngpgsig c\n\n");

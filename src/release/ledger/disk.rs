@@ -6,6 +6,7 @@
 //! REPOSITORY/pipeline/tip       the new tip; while it is also `main.lock`, that lock is ours
 //! REPOSITORY/pipeline/made.json which commit made each file: a cache
 //! ```
+//! The order: objects synced, renamed, their folders synced; then the tip synced, renamed, its folder synced.
 //! Objects are written here and not by libgit2, which does not sync the folders it makes.
 
 use std::collections::BTreeSet;
@@ -95,74 +96,106 @@ pub(super) fn sync_folder(folder: &Path) -> Result<()> {
     Ok(fs::File::open(folder)?.sync_all()?)
 }
 
-/// Writes a new file and syncs it; nothing is left of one that fails.
-fn write_new(path: &Path, mode: u32, bytes: &[u8]) -> Result<()> {
+/// Writes a new file, not synced; nothing is left of one that fails.
+fn write_new(path: &Path, mode: u32, bytes: &[u8]) -> Result<fs::File> {
     let mut file = fs::OpenOptions::new().write(true).create_new(true).mode(mode).open(path)?;
-    let written = file.write_all(bytes).and_then(|()| file.sync_all());
-    if let Err(error) = written {
+    if let Err(error) = file.write_all(bytes) {
         let _ = fs::remove_file(path);
         return Err(error.into());
     }
-    Ok(())
+    Ok(file)
 }
 
-/// Replaces a file: temporary name, sync, rename, sync of the folder.
-pub(super) fn replace(path: &Path, bytes: &[u8]) -> Result<()> {
-    let folder = path.parent().context("a file has a folder")?;
-    let mut file = tempfile::Builder::new().prefix(".tmp-").tempfile_in(folder).with_context(|| format!("cannot write to `{}`", folder.display()))?;
-    file.write_all(bytes).and_then(|()| file.as_file().sync_all()).with_context(|| format!("cannot write `{}`", path.display()))?;
+/// Replaces a file that only the one writer writes: temporary name, sync, rename. After a power cut it is the old or the
+/// new one; what a kill leaves of the temporary one is written over by the next.
+pub(super) fn replace(_writer: &Writer, path: &Path, bytes: &[u8]) -> Result<()> {
+    let mut temporary = path.as_os_str().to_owned();
+    temporary.push(".new");
+    let temporary = PathBuf::from(temporary);
+    fault::point("write a file");
+    let mut file = fs::File::create(&temporary)?;
+    if let Err(error) = file.write_all(bytes).and_then(|()| file.sync_all()) {
+        let _ = fs::remove_file(&temporary);
+        return Err(error.into());
+    }
     fault::point("rename a file");
-    file.persist(path).map_err(|error| error.error).with_context(|| format!("cannot write `{}`", path.display()))?;
-    sync_folder(folder)
+    Ok(fs::rename(&temporary, path)?)
 }
 
-/// Objects on their way into the repository.
+/// Objects on their way into the repository. They are synced at the same time, for which a file system needs hardly longer
+/// than for one.
 pub(super) struct Objects<'a> {
     repository: &'a Repository,
+    /// Written and not yet synced: the file, and where it belongs. What others name comes before them, so that a kill between
+    /// two of them leaves nothing that names what is not there.
+    written: Vec<(Oid, fs::File, PathBuf)>,
     /// Folders to sync.
     touched: BTreeSet<PathBuf>,
 }
 
 impl<'a> Objects<'a> {
     pub fn new(repository: &'a Repository) -> Self {
-        Self { repository, touched: BTreeSet::new() }
+        Self { repository, written: Vec::new(), touched: BTreeSet::new() }
     }
 
-    /// Writes a loose object; its bytes are on the disk then, its name after [`Objects::sync`].
+    /// Writes an object, which can be read after [`Objects::finish`].
     pub fn put(&mut self, kind: ObjectType, bytes: &[u8]) -> Result<Oid> {
         let id = Oid::hash_object(kind, bytes)?;
         let hex = id.to_string();
-        let objects = self.repository.path().join("objects");
-        let folder = objects.join(&hex[..2]);
+        let folder = self.repository.path().join("objects").join(&hex[..2]);
         let place = folder.join(&hex[2..]);
-        if fs::symlink_metadata(&place).is_err() {
-            if self.repository.odb()?.exists(id) {
-                return Ok(id);
-            }
+        if fs::symlink_metadata(&place).is_ok() {
+            // Who wrote it may have been killed before it synced the folder.
+            self.touched.insert(folder);
+        } else if !self.written.iter().any(|(known, ..)| *known == id) && !self.repository.odb()?.exists(id) {
             let mut packed = flate2::write::ZlibEncoder::new(Vec::new(), flate2::Compression::default());
             write!(packed, "{} {}\0", kind.str(), bytes.len())?;
             packed.write_all(bytes)?;
-            let temporary = scratch(self.repository.path()).join(&hex);
             fault::point("write an object");
-            write_new(&temporary, 0o444, &packed.finish()?)?;
-            match fs::create_dir(&folder) {
-                Ok(()) => drop(self.touched.insert(objects)),
+            let file = write_new(&scratch(self.repository.path()).join(&hex), 0o444, &packed.finish()?)?;
+            self.written.push((id, file, place));
+        }
+        Ok(id)
+    }
+
+    /// After this the objects are there, also after a power cut.
+    pub fn finish(mut self) -> Result<()> {
+        fault::point("sync the objects");
+        sync_all(self.written.iter().map(|(_, file, _)| file))?;
+        for (_, file, place) in &self.written {
+            let folder = place.parent().context("an object has a folder")?;
+            match fs::create_dir(folder) {
+                Ok(()) => drop(self.touched.insert(self.repository.path().join("objects"))),
                 Err(error) if error.kind() == ErrorKind::AlreadyExists => {}
                 Err(error) => return Err(error.into()),
             }
             fault::point("rename an object");
-            fs::rename(&temporary, &place)?;
+            fs::rename(file.path(), place)?;
+            self.touched.insert(folder.to_path_buf());
         }
-        // Also of one that was there: who wrote it may have been killed before this.
-        self.touched.insert(folder);
-        Ok(id)
-    }
-
-    /// After this the objects outlive a power cut.
-    pub fn sync(self) -> Result<()> {
         fault::point("sync the folders of objects");
-        self.touched.iter().try_for_each(|folder| sync_folder(folder))
+        let folders = self.touched.iter().map(fs::File::open).collect::<std::io::Result<Vec<_>>>()?;
+        sync_all(&folders)
     }
+}
+
+impl Drop for Objects<'_> {
+    fn drop(&mut self) {
+        // Of a decision that was not written; nothing when they are in their places. A kill leaves them to the next writer.
+        for (_, file, _) in &self.written {
+            let _ = fs::remove_file(file.path());
+        }
+    }
+}
+
+fn sync_all<'a>(files: impl IntoIterator<Item = &'a fs::File>) -> Result<()> {
+    std::thread::scope(|scope| {
+        let syncs: Vec<_> = files.into_iter().map(|file| scope.spawn(|| file.sync_all())).collect();
+        for sync in syncs {
+            sync.join().unwrap_or_else(|panic| std::panic::resume_unwind(panic))?;
+        }
+        Ok(())
+    })
 }
 
 /// The tip of the branch as the repository has it.
@@ -181,13 +214,18 @@ pub(super) fn read_tip(repository: &Repository) -> Result<Option<Oid>> {
 ///
 /// Takes the branch's lock file as Git does, so that Git's own programs are kept out. The lock file is a second name of a
 /// file of ours: one that a killed writer left is known by that.
-pub(super) fn move_tip(_writer: &Writer, repository: &Repository, expected: Option<Oid>, new: Oid) -> Result<Result<(), Option<Oid>>> {
+pub(super) fn move_tip(
+    _writer: &Writer,
+    repository: &Repository,
+    expected: Option<Oid>,
+    new: Oid,
+) -> Result<Result<(), Option<Oid>>> {
     let folder = repository.path();
     let (ours, lock) = (scratch(folder).join("tip"), branch_lock(folder));
     fault::point("write the tip");
-    write_new(&ours, 0o644, format!("{new}\n").as_bytes())?;
+    let file = write_new(&ours, 0o644, format!("{new}\n").as_bytes())?;
     fault::point("lock the branch");
-    if let Err(error) = take_lock(&ours, &lock) {
+    if let Err(error) = file.sync_all().map_err(Into::into).and_then(|()| take_lock(&ours, &lock)) {
         let _ = fs::remove_file(&ours);
         return Err(error);
     }

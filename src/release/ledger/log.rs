@@ -3,7 +3,7 @@
 use std::collections::{BTreeMap, HashMap};
 use std::io::Write as _;
 
-use anyhow::{Context as _, Result, bail};
+use anyhow::{Context as _, Result, bail, ensure};
 use git2::{ObjectType, Oid, Repository};
 use serde::{Deserialize, Serialize};
 
@@ -112,7 +112,10 @@ pub(super) fn previous(bytes: &[u8]) -> Result<Previous> {
     fn said<'de, D: serde::Deserializer<'de>>(deserializer: D) -> Result<Option<Option<String>>, D::Error> {
         Deserialize::deserialize(deserializer).map(Some)
     }
-    let file: File = serde_json::from_slice(bytes).context("a file of the ledger that is no JSON object")?;
+    const NO_OBJECT: &str = "a file of the ledger that is no JSON object";
+    // serde would take an array for the fields in order.
+    ensure!(bytes.trim_ascii_start().starts_with(b"{"), NO_OBJECT);
+    let file: File = serde_json::from_slice(bytes).context(NO_OBJECT)?;
     Ok(match file.previous {
         None => Previous::Unsaid,
         Some(None) => Previous::None,
@@ -234,18 +237,17 @@ impl Made {
 /// The newest commit for each file that changed after `end`, `None` for a file that was removed; and whether `end` was met.
 fn walk(shared: &Shared, tip: Oid, end: Option<Oid>) -> Result<(HashMap<String, Option<Oid>>, bool)> {
     let mut newest = HashMap::new();
-    let mut next = Some(tip);
-    while let Some(id) = next {
-        if Some(id) == end {
+    let mut next = Some(read(&shared.get(), tip)?);
+    while let Some(commit) = next {
+        if Some(commit.id) == end {
             return Ok((newest, true));
         }
-        let commit = read(&shared.get(), id)?;
-        let tree = commit.parent.map(|parent| read(&shared.get(), parent)).transpose()?.map(|parent| parent.tree);
-        let before = Snapshot::new(commit.parent, tree, shared);
-        for changed in Snapshot::new(Some(id), Some(commit.tree), shared).changed(&before)? {
-            newest.entry(changed.path).or_insert(changed.after.map(|_| id));
+        let parent = commit.parent.map(|parent| read(&shared.get(), parent)).transpose()?;
+        let before = Snapshot::new(commit.parent, parent.as_ref().map(|parent| parent.tree), shared);
+        for changed in Snapshot::new(Some(commit.id), Some(commit.tree), shared).changed(&before)? {
+            newest.entry(changed.path).or_insert(changed.after.map(|_| commit.id));
         }
-        next = commit.parent;
+        next = parent;
     }
     Ok((newest, false))
 }

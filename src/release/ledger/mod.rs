@@ -169,7 +169,7 @@ impl Ledger {
         check_change(change, expected.is_none())?;
         let writer = Writer::wait(&self.dir)?;
         let tip = self.tip()?;
-        self.catch_up_seen(tip)?;
+        self.catch_up_seen(&writer, tip)?;
         if tip != expected {
             return self.lost(tip);
         }
@@ -200,7 +200,7 @@ impl Ledger {
         }
         let commit = commit::write(tree, parent, author, &change.message, signer)?;
         let id = objects.put(ObjectType::Commit, &commit)?;
-        objects.sync()?;
+        objects.finish()?;
         Ok(id)
     }
 
@@ -218,7 +218,7 @@ impl Ledger {
         drop(repository);
         fault::point("write the last tip seen");
         // The decision stands. A tip seen that is older is as true; the next writer says when it cannot be written.
-        let _ = self.catch_up_seen(Some(id));
+        let _ = self.catch_up_seen(writer, Some(id));
         Ok(Appended::Done(id))
     }
 
@@ -257,11 +257,11 @@ impl Ledger {
 
     /// Takes the tip as it is for the last one seen, after somebody has looked at why it was rewritten.
     pub fn accept(&self) -> Result<()> {
-        let _writer = Writer::wait(&self.dir)?;
+        let writer = Writer::wait(&self.dir)?;
         let tip = disk::read_tip(&self.repository.get())?;
         let mut seen = Seen::load(&self.seen).unwrap_or_default();
         seen.set_tip(tip);
-        self.save_seen(&seen)
+        self.save_seen(&writer, &seen)
     }
 
     fn check_is_ledger(&self) -> Result<()> {
@@ -303,20 +303,20 @@ impl Ledger {
     }
 
     /// Writes down the tip as seen, unless it is.
-    fn catch_up_seen(&self, tip: Option<Oid>) -> Result<()> {
+    fn catch_up_seen(&self, writer: &Writer, tip: Option<Oid>) -> Result<()> {
         let mut seen = Seen::load(&self.seen)?;
         if seen.tip() == tip {
             return Ok(());
         }
         seen.set_tip(tip);
-        self.save_seen(&seen)
+        self.save_seen(writer, &seen)
     }
 
-    fn save_seen(&self, seen: &Seen) -> Result<()> {
+    fn save_seen(&self, writer: &Writer, seen: &Seen) -> Result<()> {
         if let Some(folder) = self.seen.parent() {
             fs::create_dir_all(folder)?;
         }
-        seen.save(&self.seen).context("cannot note the last tip seen")
+        seen.save(writer, &self.seen).context("cannot note the last tip seen")
     }
 }
 

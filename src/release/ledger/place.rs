@@ -111,7 +111,8 @@ mod tests {
 
     #[test]
     fn paths_and_places() {
-        let state = |pipeline: &str, environment: &str| Place::State { pipeline: pipeline.into(), environment: environment.into() };
+        let state =
+            |pipeline: &str, environment: &str| Place::State { pipeline: pipeline.into(), environment: environment.into() };
         let policy = |pipeline: &str| Place::Policy { pipeline: pipeline.into() };
         for (path, place) in [
             ("ledger.json", Place::Format),
@@ -125,8 +126,22 @@ mod tests {
             assert_eq!((&parsed, parsed.to_string()), (&place, path.to_string()));
         }
         for path in [
-            "", ".json", "shop", "shop/prod", "shop/.json", "/prod.json", "shop/a/b.json", "../x.json", ".git/x.json", "-x.json",
-            "shop/..json", "sh op.json", "shop/prod.json.json", "shop.json/prod.json", "frozen/prod.json", "ledger/prod.json",
+            "",
+            ".json",
+            "shop",
+            "shop/prod",
+            "shop/.json",
+            "/prod.json",
+            "shop/a/b.json",
+            "../x.json",
+            ".git/x.json",
+            "-x.json",
+            "shop/..json",
+            "sh op.json",
+            "shop/prod.json.json",
+            "shop.json/prod.json",
+            "frozen/prod.json",
+            "ledger/prod.json",
             "shop/pröd.json",
         ] {
             assert!(path.parse::<Place>().is_err(), "{path}");

@@ -8,7 +8,8 @@ use anyhow::{Context as _, Result};
 use git2::Oid;
 use serde::{Deserialize, Serialize};
 
-use super::{FORMAT, disk};
+use super::FORMAT;
+use super::disk::{self, Writer};
 use crate::error::Problem;
 
 #[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
@@ -44,10 +45,10 @@ impl Seen {
         })
     }
 
-    pub fn save(&self, path: &Path) -> Result<()> {
+    pub fn save(&self, writer: &Writer, path: &Path) -> Result<()> {
         let mut bytes = serde_json::to_vec_pretty(self)?;
         bytes.push(b'\n');
-        disk::replace(path, &bytes)
+        disk::replace(writer, path, &bytes)
     }
 
     pub fn tip(&self) -> Option<Oid> {
@@ -94,9 +95,12 @@ mod tests {
         let mut seen = Seen::default();
         seen.set_tip(Some(id));
         seen.set_remote("https://git.example.org/ledger", id);
-        seen.save(&path).unwrap();
+        seen.save(&Writer::wait(&folder.path().join("ledger.git")).unwrap(), &path).unwrap();
         let again = Seen::load(&path).unwrap();
-        assert_eq!((&again, again.tip(), again.remote("https://git.example.org/ledger"), again.remote("x")), (&seen, Some(id), Some(id), None));
+        assert_eq!(
+            (&again, again.tip(), again.remote("https://git.example.org/ledger"), again.remote("x")),
+            (&seen, Some(id), Some(id), None)
+        );
     }
 
     #[test]

@@ -5,7 +5,7 @@ use std::fmt;
 use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
 
 use anyhow::{Context as _, Result, bail};
-use git2::{ErrorCode, ObjectType, Oid, Repository};
+use git2::{ErrorCode, ObjectType, Oid, Repository, Tree};
 
 use super::place::Place;
 
@@ -137,43 +137,72 @@ impl Snapshot {
 }
 
 /// Adds the files that differ between two trees at `prefix`.
-fn compare(repository: &Repository, before: Option<Oid>, after: Option<Oid>, prefix: &str, changes: &mut Vec<Changed>) -> Result<()> {
+fn compare(
+    repository: &Repository,
+    before: Option<Oid>,
+    after: Option<Oid>,
+    prefix: &str,
+    changes: &mut Vec<Changed>,
+) -> Result<()> {
     if before == after {
         return Ok(());
     }
-    let read = |tree: Option<Oid>| tree.map_or_else(|| Ok(Entries::new()), |tree| entries(repository, tree));
+    let read = |tree: Option<Oid>| tree.map(|tree| find_tree(repository, tree)).transpose();
     let (before, after) = (read(before)?, read(after)?);
-    let names: std::collections::BTreeSet<&Vec<u8>> = before.keys().chain(after.keys()).collect();
-    for name in names {
-        let (old, new) = (before.get(name), after.get(name));
-        if old == new {
-            continue;
+    let known = |tree: &Option<Tree<'_>>, name: &[u8]| {
+        tree.as_ref().and_then(|tree| tree.get_name_bytes(name).map(|entry| (entry.filemode_raw(), entry.id())))
+    };
+    for entry in after.iter().flat_map(Tree::iter) {
+        let (name, new) = (entry.name_bytes(), (entry.filemode_raw(), entry.id()));
+        let old = known(&before, name);
+        if old != Some(new) {
+            compare_entry(repository, old, Some(new), &format!("{prefix}{}", String::from_utf8_lossy(name)), changes)?;
         }
-        let path = format!("{prefix}{}", String::from_utf8_lossy(name));
-        for (mode, _) in old.into_iter().chain(new) {
-            if !(*mode == FILE_MODE || *mode == TREE_MODE && prefix.is_empty()) {
-                bail!("`{path}` has the mode {mode:o}, which nothing in a ledger has");
-            }
-        }
-        let of = |entry: Option<&(i32, Oid)>, wanted: i32| entry.filter(|(mode, _)| *mode == wanted).map(|(_, id)| *id);
-        compare(repository, of(old, TREE_MODE), of(new, TREE_MODE), &format!("{path}/"), changes)?;
-        let (before, after) = (of(old, FILE_MODE), of(new, FILE_MODE));
-        if before != after {
-            changes.push(Changed { path, before, after });
+    }
+    for entry in before.iter().flat_map(Tree::iter) {
+        let (name, old) = (entry.name_bytes(), (entry.filemode_raw(), entry.id()));
+        if known(&after, name).is_none() {
+            compare_entry(repository, Some(old), None, &format!("{prefix}{}", String::from_utf8_lossy(name)), changes)?;
         }
     }
     Ok(())
 }
 
+/// Adds what differs at `path`, of which at least one side is there.
+fn compare_entry(
+    repository: &Repository,
+    old: Option<(i32, Oid)>,
+    new: Option<(i32, Oid)>,
+    path: &str,
+    changes: &mut Vec<Changed>,
+) -> Result<()> {
+    for (mode, _) in old.into_iter().chain(new) {
+        if !(mode == FILE_MODE || mode == TREE_MODE && !path.contains('/')) {
+            bail!("`{path}` has the mode {mode:o}, which nothing in a ledger has");
+        }
+    }
+    let of = |entry: Option<(i32, Oid)>, wanted: i32| entry.filter(|(mode, _)| *mode == wanted).map(|(_, id)| id);
+    compare(repository, of(old, TREE_MODE), of(new, TREE_MODE), &format!("{path}/"), changes)?;
+    let (before, after) = (of(old, FILE_MODE), of(new, FILE_MODE));
+    if before != after {
+        changes.push(Changed { path: path.into(), before, after });
+    }
+    Ok(())
+}
+
+fn find_tree(repository: &Repository, tree: Oid) -> Result<Tree<'_>> {
+    repository.find_tree(tree).with_context(|| format!("cannot read the tree {tree} of the ledger"))
+}
+
 /// What `name` is in a tree.
 fn entry(repository: &Repository, tree: Oid, name: &str) -> Result<Option<(ObjectType, Oid)>> {
-    let tree = repository.find_tree(tree).with_context(|| format!("cannot read the tree {tree} of the ledger"))?;
+    let tree = find_tree(repository, tree)?;
     Ok(tree.get_name(name).and_then(|entry| Some((entry.kind()?, entry.id()))))
 }
 
 /// The entries of a tree by name.
 pub(super) fn entries(repository: &Repository, tree: Oid) -> Result<Entries> {
-    let tree = repository.find_tree(tree).with_context(|| format!("cannot read the tree {tree} of the ledger"))?;
+    let tree = find_tree(repository, tree)?;
     Ok(tree.iter().map(|entry| (entry.name_bytes().to_vec(), (entry.filemode_raw(), entry.id()))).collect())
 }
 

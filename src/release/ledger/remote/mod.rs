@@ -88,11 +88,17 @@ impl RemoteError {
                 error => return error.into(),
             },
             Self::Ahead { .. } => (Kind::Transient, "run it again: the gates are asked again for what is there now".to_owned()),
-            Self::Refused { .. } => (Kind::Failed, "the rules of that server decide; its hook or branch protection has to let you".into()),
-            Self::Unreachable { .. } => (Kind::Transient, "check the address and the network, then run it again: it finds out what is there".into()),
+            Self::Refused { .. } => {
+                (Kind::Failed, "the rules of that server decide; its hook or branch protection has to let you".into())
+            }
+            Self::Unreachable { .. } => {
+                (Kind::Transient, "check the address and the network, then run it again: it finds out what is there".into())
+            }
             Self::Rewritten { seen, .. } => (
                 Kind::Failed,
-                format!("ask who forced a push there; `git push URL +{seen}:{BRANCH}` brings back what was seen, if it is still here"),
+                format!(
+                    "ask who forced a push there; `git push URL +{seen}:{BRANCH}` brings back what was seen, if it is still here"
+                ),
             ),
             Self::Diverged { .. } => (Kind::Failed, "decide again what was decided here: the decisions there stand".into()),
             Self::Unbelievable { .. } => (Kind::Failed, "ask who runs that server; nothing was decided here".into()),
@@ -154,7 +160,7 @@ impl Ledger {
             // Also when what was last seen here is gone here: it may be there.
             self.check_not_rewritten(&Seen::load(&self.seen)?, Some(theirs))?;
             if ours == Some(theirs) {
-                self.catch_up_seen(ours)?;
+                self.catch_up_seen(&writer, ours)?;
                 return Ok(Synced::Same);
             }
             self.at(theirs)?;
@@ -201,7 +207,7 @@ impl Ledger {
         check_change(change, expected.is_none())?;
         let writer = Writer::wait(&self.dir)?;
         let tip = self.tip()?;
-        self.catch_up_seen(tip)?;
+        self.catch_up_seen(&writer, tip)?;
         if tip != expected {
             return Ok(self.lost(tip)?);
         }
@@ -242,7 +248,7 @@ impl Ledger {
             self.repository.get().reference(&name, ours, true, "set aside").context("cannot keep the decisions")?;
         }
         // The last one in common leads to both: a kill between the two writes is no rewriting.
-        self.catch_up_seen(base)?;
+        self.catch_up_seen(&writer, base)?;
         match self.advance(&writer, Some(ours), theirs, None)? {
             Appended::Done(_) => Ok(std::mem::take(&mut aside)),
             Appended::Lost(_) => Err(moved().into()),
@@ -285,7 +291,7 @@ impl Ledger {
         {
             return Err(RemoteError::Rewritten { url, seen, tip: theirs });
         }
-        self.note_remote(&url, tip)?;
+        self.note_remote(writer, &url, tip)?;
         Ok(theirs)
     }
 
@@ -316,24 +322,27 @@ impl Ledger {
         Err(RemoteError::Unreachable { url: remote.shown(), words: format!("it did not send {tip}") })
     }
 
-    fn note_remote(&self, url: &str, tip: Oid) -> Result<()> {
+    fn note_remote(&self, writer: &Writer, url: &str, tip: Oid) -> Result<()> {
         let mut seen = Seen::load(&self.seen)?;
         if seen.remote(url) == Some(tip) {
             return Ok(());
         }
         seen.set_remote(url, tip);
-        self.save_seen(&seen)
+        self.save_seen(writer, &seen)
     }
 
     /// Moves the remote's branch from `expected` to `id`.
     fn push(&self, writer: &Writer, remote: &Remote, expected: Option<Oid>, id: Oid) -> Result<(), RemoteError> {
         let url = remote.shown();
-        let seen = Seen::load(&self.seen)?.remote(&url);
-        if let Some(seen) = seen.filter(|seen| Some(*seen) != expected)
+        if let Some(seen) = Seen::load(&self.seen)?.remote(&url)
             && !expected.map_or(Ok(false), |expected| self.descends(expected, seen))?
-            && !self.descends(id, seen)?
         {
-            return Err(RemoteError::Rewritten { url, seen, tip: expected });
+            // They were further than this: unless they went back, somebody was faster.
+            let tip = remote.tip()?;
+            return Err(match tip == expected {
+                true => RemoteError::Rewritten { url, seen, tip },
+                false => self.ahead(writer, remote, expected, "")?,
+            });
         }
         fault::point("push");
         let sent = match remote.folder() {
@@ -342,28 +351,31 @@ impl Ledger {
         };
         match sent {
             Ok(()) => {}
-            Err(Push::Moved(tip)) if tip == Some(id) => {}
-            Err(Push::Moved(_)) => return Err(self.ahead(writer, remote, expected)?),
+            Err(Push::Moved { tip, .. }) if tip == Some(id) => {}
+            Err(Push::Moved { words, .. }) => return Err(self.ahead(writer, remote, expected, &words)?),
             Err(Push::Failed(error)) => return Err(error),
         }
         fault::point("read the remote's branch again");
         let tip = remote.tip()?;
         if tip != Some(id) {
             // Somebody may have gone on from ours already.
-            let on = tip.map_or(Ok(false), |tip| self.get_objects(writer, remote, tip).and_then(|()| Ok(self.descends(tip, id)?)))?;
+            let on =
+                tip.map_or(Ok(false), |tip| self.get_objects(writer, remote, tip).and_then(|()| Ok(self.descends(tip, id)?)))?;
             if !on {
                 return Err(RemoteError::Unbelievable { url, ours: id, tip });
             }
         }
-        Ok(self.note_remote(&url, id)?)
+        Ok(self.note_remote(writer, &url, id)?)
     }
 
-    /// Who was faster; or what is wrong there.
-    fn ahead(&self, writer: &Writer, remote: &Remote, expected: Option<Oid>) -> Result<RemoteError, RemoteError> {
+    /// Who was faster; or what is wrong there, which may have said `words`.
+    fn ahead(&self, writer: &Writer, remote: &Remote, expected: Option<Oid>, words: &str) -> Result<RemoteError, RemoteError> {
         let url = remote.shown();
         let Some(tip) = self.fetch(writer, remote)? else {
-            let expected = expected.context("a branch that is expected not to be there, and is not there, did not move")?;
-            return Ok(RemoteError::Rewritten { url, seen: expected, tip: None });
+            return Ok(match expected {
+                Some(seen) => RemoteError::Rewritten { url, seen, tip: None },
+                None => RemoteError::Refused { url, words: words.into() },
+            });
         };
         match expected {
             Some(expected) if !self.descends(tip, expected)? => {
@@ -372,7 +384,8 @@ impl Ledger {
                 Ok(RemoteError::Diverged { url, base, ours: expected, theirs: tip })
             }
             Some(expected) if tip == expected => {
-                Ok(RemoteError::Refused { url, words: "it does not move the branch, and nobody else did".into() })
+                // Words like those of a race, and nobody else was there.
+                Ok(RemoteError::Refused { url, words: words.into() })
             }
             _ => Ok(RemoteError::Ahead { url, tip, won: self.between(expected, tip, NAMED_MAX)? }),
         }
@@ -386,9 +399,25 @@ fn moved() -> anyhow::Error {
 /// Why a push did not happen.
 #[derive(Debug)]
 enum Push {
-    /// The branch is not where it was expected.
-    Moved(Option<Oid>),
+    /// The branch is not where it was expected, but at `tip` if that is known; the server's words, if it said any.
+    Moved {
+        tip: Option<Oid>,
+        words: String,
+    },
     Failed(RemoteError),
+}
+
+impl Push {
+    /// A push that the server refuses with `why`; `words` are what its hooks said. Git refuses one that lost a race with
+    /// the words of its locks.
+    fn refused(url: &str, why: &str, words: &[u8]) -> Self {
+        const RACE: [&str; 5] = ["failed to update ref", "cannot lock ref", "failed to lock", "fetch first", "non-fast-forward"];
+        let words = network::with_words(why, words);
+        match RACE.iter().any(|part| why.contains(part)) {
+            true => Self::Moved { tip: None, words },
+            false => Self::Failed(RemoteError::Refused { url: url.into(), words }),
+        }
+    }
 }
 
 impl From<anyhow::Error> for Push {

@@ -20,7 +20,10 @@ const SILENCE_MS: i32 = 60_000;
 fn set_timeouts() {
     static ONCE: Once = Once::new();
     ONCE.call_once(|| {
-        #[expect(unsafe_code, reason = "two numbers that are only read when a connection is made, and this is before the first of ours")]
+        #[expect(
+            unsafe_code,
+            reason = "two numbers that are only read when a connection is made, and this is before the first of ours"
+        )]
         // They cannot fail.
         unsafe {
             let _ = git2::opts::set_server_connect_timeout_in_milliseconds(CONNECT_MS);
@@ -87,14 +90,16 @@ pub(super) fn push(remote: &Remote, repository: &Repository, expected: Option<Oi
     };
     let sent = send(callbacks);
     if let Some(tip) = there.get() {
-        return Err(Push::Moved(tip));
+        return Err(Push::Moved { tip, words: String::new() });
     }
     let url = remote.shown();
     let failed = match (sent, answer.into_inner()) {
         (Ok(()), Some(Ok(()))) => return Ok(()),
-        (_, Some(Err(why))) => RemoteError::Refused { url, words: with_words(&why, &words.into_inner()) },
+        (_, Some(Err(why))) => return Err(Push::refused(&url, &why, &words.into_inner())),
         (Ok(()), None) => RemoteError::Unreachable { url, words: "it did not say whether it took the decision".into() },
-        (Err(error), _) if error.code() == ErrorCode::NotFastForward => return Err(Push::Moved(None)),
+        (Err(error), _) if error.code() == ErrorCode::NotFastForward => {
+            return Err(Push::Moved { tip: None, words: error.message().into() });
+        }
         (Err(error), _) => explain(&url, &error),
     };
     Err(Push::Failed(failed))
@@ -103,7 +108,8 @@ pub(super) fn push(remote: &Remote, repository: &Repository, expected: Option<Oi
 /// A server's verdict and what its hooks said.
 pub(super) fn with_words(why: &str, words: &[u8]) -> String {
     let words = String::from_utf8_lossy(words);
-    let words: Vec<&str> = words.lines().map(|line| line.trim_start_matches("remote:").trim()).filter(|line| !line.is_empty()).collect();
+    let words: Vec<&str> =
+        words.lines().map(|line| line.trim_start_matches("remote:").trim()).filter(|line| !line.is_empty()).collect();
     if words.is_empty() { why.trim().into() } else { format!("{} ({})", words.join("; "), why.trim()) }
 }
 
@@ -127,7 +133,10 @@ fn callbacks(remote: &Remote) -> RemoteCallbacks<'_> {
             }
         }
         if allowed.contains(CredentialType::USER_PASS_PLAINTEXT) && !helped.replace(true) {
-            return Cred::credential_helper(&git2::Config::open_default()?, url, user);
+            let helped = git2::Config::open_default().and_then(|config| Cred::credential_helper(&config, url, user));
+            if helped.is_ok() {
+                return helped;
+            }
         }
         Err(git2::Error::new(ErrorCode::Auth, ErrorClass::Callback, "no credentials that it accepts were found"))
     });
@@ -192,6 +201,9 @@ mod tests {
     #[test]
     fn a_servers_words() {
         assert_eq!(with_words("hook declined", b""), "hook declined");
-        assert_eq!(with_words("hook declined\n", b"remote: no prod \nremote:\non Fridays\n"), "no prod; on Fridays (hook declined)");
+        assert_eq!(
+            with_words("hook declined\n", b"remote: no prod \nremote:\non Fridays\n"),
+            "no prod; on Fridays (hook declined)"
+        );
     }
 }

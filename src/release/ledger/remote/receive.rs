@@ -54,7 +54,7 @@ pub(super) fn push(folder: &Path, url: &str, repository: &Repository, expected: 
     let url = url.to_owned();
     let report = match spoken {
         Ok(report) => report,
-        Err(Push::Moved(tip)) => return Err(Push::Moved(tip)),
+        Err(moved @ Push::Moved { .. }) => return Err(moved),
         // It said why it ended before we understood.
         Err(Push::Failed(error)) => {
             let text = with_words(&error.to_string(), &output.stderr);
@@ -63,18 +63,11 @@ pub(super) fn push(folder: &Path, url: &str, repository: &Repository, expected: 
     };
     let failed = match (report.unpacked.as_deref(), report.branch) {
         (Some("ok"), Some(Ok(()))) if output.status.success() => return Ok(()),
-        (_, Some(Err(why))) if is_race(&why) => return Err(Push::Moved(None)),
-        (_, Some(Err(why))) => RemoteError::Refused { url, words: with_words(&why, &words) },
+        (_, Some(Err(why))) => return Err(Push::refused(&url, &why, &words)),
         (Some(why), None) if why != "ok" => RemoteError::Refused { url, words: with_words(why, &words) },
         _ => RemoteError::Unreachable { url, words: with_words("it did not say whether it took the decision", &words) },
     };
     Err(Push::Failed(failed))
-}
-
-/// Whether the branch had another value when it was to be changed: receive-pack's words for it, and those of the files it
-/// locks.
-fn is_race(why: &str) -> bool {
-    ["failed to update ref", "cannot lock ref", "failed to lock", "fetch first", "non-fast-forward"].iter().any(|part| why.contains(part))
 }
 
 /// The whole conversation.
@@ -90,7 +83,7 @@ fn speak(
     if there != expected {
         // A flush: nothing to push.
         let _ = to.write_all(b"0000");
-        return Err(Push::Moved(there));
+        return Err(Push::Moved { tip: there, words: String::new() });
     }
     let pack = pack::build_for(repository, id, expected)?;
     let old = expected.unwrap_or(Oid::ZERO_SHA1);
@@ -183,7 +176,10 @@ mod tests {
         let ok = |branch| Report { unpacked: Some("ok".into()), branch };
         for (lines, expected) in [
             (vec!["unpack ok\n", "ok refs/heads/main\n"], ok(Some(Ok(())))),
-            (vec!["unpack ok\n", "ng refs/heads/main pre-receive hook declined\n"], ok(Some(Err("pre-receive hook declined".into())))),
+            (
+                vec!["unpack ok\n", "ng refs/heads/main pre-receive hook declined\n"],
+                ok(Some(Err("pre-receive hook declined".into()))),
+            ),
             (vec!["unpack ok\n", "ok refs/heads/other\n"], ok(None)),
             (vec!["unpack index-pack failed\n"], Report { unpacked: Some("index-pack failed".into()), branch: None }),
             (vec![], Report::default()),
