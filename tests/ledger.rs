@@ -1,4 +1,5 @@
 //! The ledger as others see it: Git, other processes, a full disk, SIGKILL, rewriters, and 10,000 decisions.
+#![allow(clippy::print_stdout, reason = "what was measured and met is worth reading")]
 
 #[path = "ledger/remote.rs"]
 mod remote;

@@ -9,6 +9,7 @@ use std::path::{Path, PathBuf};
 use std::time::Duration;
 
 use anyhow::{Context as _, Result, bail, ensure};
+use base64::Engine as _;
 use rsa::pkcs1v15::SigningKey;
 use rsa::sha2::Sha512;
 use rsa::signature::{SignatureEncoding as _, Signer as _};
@@ -72,7 +73,11 @@ impl Signer {
         if let Ok(public) = PublicKey::from_openssh(text.trim()) {
             return Self::with_agent(public, agent).with_context(|| format!("cannot sign with `{shown}`"));
         }
-        let key = PrivateKey::from_openssh(&text).map_err(|error| {
+        let key = PrivateKey::from_openssh(&text).or_else(|error| match pad_scalar(&text) {
+            Some(bytes) => PrivateKey::from_bytes(&bytes),
+            None => Err(error),
+        });
+        let key = key.map_err(|error| {
             let problem = Problem::usage(format!("`{shown}` is no OpenSSH key: {error}"));
             match text.contains("PRIVATE KEY-----") {
                 true => problem.hint(format!("convert it with `ssh-keygen -p -f {shown}`")),
@@ -172,6 +177,48 @@ fn fingerprint(key: &PublicKey) -> String {
     key.fingerprint(HashAlg::Sha256).to_string()
 }
 
+/// The bytes of an ECDSA key file whose secret number is shorter than its field, written as long as that: ssh-key 0.6 cannot
+/// read the short ones, which half of the P-521 keys have. `None` when it is anything else, or has a passphrase. The format
+/// is OpenSSH's `PROTOCOL.key`.
+fn pad_scalar(text: &str) -> Option<Vec<u8>> {
+    let armour: String = text.lines().filter(|line| !line.starts_with("-----")).map(str::trim).collect();
+    let bytes = base64::engine::general_purpose::STANDARD.decode(armour).ok()?;
+    let head = bytes.strip_prefix(b"openssh-key-v1\0")?;
+    let (cipher, rest) = string(head).ok()?;
+    let (_kdf, rest) = string(rest).ok()?;
+    let (_options, rest) = string(rest).ok()?;
+    let (_public, rest) = string(rest.strip_prefix(&1_u32.to_be_bytes())?).ok()?;
+    let (private, _) = string(rest).ok()?;
+    let before = &bytes[..bytes.len() - rest.len()];
+    let (checks, numbers) = private.split_at_checked(8)?;
+    let (_kind, rest) = string(numbers).ok()?;
+    let (curve, rest) = string(rest).ok()?;
+    let (_point, rest) = string(rest).ok()?;
+    let names = &numbers[..numbers.len() - rest.len()];
+    let (scalar, rest) = string(rest).ok()?;
+    let (comment, _padding) = string(rest).ok()?;
+    let size = match curve {
+        b"nistp256" => 32,
+        b"nistp384" => 48,
+        b"nistp521" => 66,
+        _ => return None,
+    };
+    let scalar = &scalar[scalar.iter().take_while(|byte| **byte == 0).count()..];
+    if cipher != b"none" || scalar.len() >= size {
+        return None;
+    }
+    let padded = [vec![0; size - scalar.len()], scalar.to_vec()].concat();
+    let mut section = [checks, names, &with_length(&padded)?, &with_length(comment)?].concat();
+    let missing = (8 - section.len() % 8) % 8;
+    section.extend((1..).take(missing));
+    Some([before, &with_length(&section)?].concat())
+}
+
+/// Puts the length before the bytes (RFC 4251, section 5).
+fn with_length(bytes: &[u8]) -> Option<Vec<u8>> {
+    Some([&u32::try_from(bytes.len()).ok()?.to_be_bytes(), bytes].concat())
+}
+
 /// A connection to an SSH agent.
 struct Agent(UnixStream);
 
@@ -221,8 +268,7 @@ impl Agent {
     fn sign(&mut self, key: &PublicKey, data: &[u8]) -> Result<Signature> {
         let mut body = Vec::new();
         for part in [key.to_bytes()?.as_slice(), data] {
-            body.extend_from_slice(&u32::try_from(part.len())?.to_be_bytes());
-            body.extend_from_slice(part);
+            body.extend(with_length(part).context("too long for the SSH agent")?);
         }
         let flags = if matches!(key.algorithm(), Algorithm::Rsa { .. }) { FLAG_RSA_SHA2_512 } else { 0 };
         body.extend_from_slice(&flags.to_be_bytes());

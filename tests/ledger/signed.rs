@@ -197,6 +197,24 @@ fn keys_in_an_agent() {
 }
 
 #[test]
+fn numbers_of_any_length() {
+    let place = Place::new();
+    // Half of these have a secret number that is shorter than the field; one signature in 128 has a short half.
+    for number in 0..8 {
+        let (path, public) = key(&place, &format!("p521-{number}"), &["ecdsa", "-b", "521"], "");
+        let signature = Signer::open(&path, None).unwrap().sign("x", b"bytes").unwrap();
+        assert!(sshsig::verify(&signature, "x", b"bytes").unwrap().is(&public));
+    }
+    let (path, public) = key(&place, "p256", &["ecdsa", "-b", "256"], "");
+    let signer = Signer::open(&path, None).unwrap();
+    for number in 0..600 {
+        let bytes = format!("{number}");
+        let signature = signer.sign("x", bytes.as_bytes()).unwrap();
+        assert!(sshsig::verify(&signature, "x", bytes.as_bytes()).unwrap().is(&public), "{number}");
+    }
+}
+
+#[test]
 fn files_that_are_no_keys() {
     let place = Place::new();
     let path = place.path("file");

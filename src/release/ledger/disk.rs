@@ -106,12 +106,17 @@ fn write_new(path: &Path, mode: u32, bytes: &[u8]) -> Result<fs::File> {
     Ok(file)
 }
 
+/// Beside a file, what [`replace`] writes first.
+pub(super) fn temporary(path: &Path) -> PathBuf {
+    let mut name = path.as_os_str().to_owned();
+    name.push(".new");
+    PathBuf::from(name)
+}
+
 /// Replaces a file that only the one writer writes: temporary name, sync, rename. After a power cut it is the old or the
-/// new one; what a kill leaves of the temporary one is written over by the next.
+/// new one.
 pub(super) fn replace(_writer: &Writer, path: &Path, bytes: &[u8]) -> Result<()> {
-    let mut temporary = path.as_os_str().to_owned();
-    temporary.push(".new");
-    let temporary = PathBuf::from(temporary);
+    let temporary = temporary(path);
     fault::point("write a file");
     let mut file = fs::File::create(&temporary)?;
     if let Err(error) = file.write_all(bytes).and_then(|()| file.sync_all()) {

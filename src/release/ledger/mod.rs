@@ -167,7 +167,7 @@ impl Ledger {
     /// disk. The tip is where it was then.
     pub fn append(&self, expected: Option<Oid>, change: &Change, author: &Author, signer: Option<&Signer>) -> Result<Appended> {
         check_change(change, expected.is_none())?;
-        let writer = Writer::wait(&self.dir)?;
+        let writer = self.writer()?;
         let tip = self.tip()?;
         self.catch_up_seen(&writer, tip)?;
         if tip != expected {
@@ -175,6 +175,13 @@ impl Ledger {
         }
         let id = self.write(&writer, expected, change, author, signer)?;
         self.advance(&writer, expected, id, Some(change))
+    }
+
+    /// Waits until this is the only writer.
+    fn writer(&self) -> Result<Writer> {
+        let writer = Writer::wait(&self.dir)?;
+        Seen::sweep(&writer, &self.seen)?;
+        Ok(writer)
     }
 
     fn lost(&self, tip: Option<Oid>) -> Result<Appended> {
@@ -257,7 +264,7 @@ impl Ledger {
 
     /// Takes the tip as it is for the last one seen, after somebody has looked at why it was rewritten.
     pub fn accept(&self) -> Result<()> {
-        let writer = Writer::wait(&self.dir)?;
+        let writer = self.writer()?;
         let tip = disk::read_tip(&self.repository.get())?;
         let mut seen = Seen::load(&self.seen).unwrap_or_default();
         seen.set_tip(tip);

@@ -50,7 +50,7 @@ impl Ledger {
     /// # Errors
     /// As [`Ledger::pack_if_needed`].
     pub fn pack(&self) -> Result<()> {
-        let writer = Writer::wait(&self.dir)?;
+        let writer = self.writer()?;
         let repository = self.repository.get();
         sweep(&self.dir)?;
         let loose = loose(&self.dir)?;

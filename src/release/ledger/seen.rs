@@ -51,6 +51,14 @@ impl Seen {
         disk::replace(writer, path, &bytes)
     }
 
+    /// Removes what a killed writer left beside the file.
+    pub fn sweep(_writer: &Writer, path: &Path) -> Result<()> {
+        match fs_err::remove_file(disk::temporary(path)) {
+            Err(error) if error.kind() != ErrorKind::NotFound => Err(error.into()),
+            _ => Ok(()),
+        }
+    }
+
     pub fn tip(&self) -> Option<Oid> {
         self.tip.as_deref().and_then(|text| Oid::from_str(text).ok())
     }

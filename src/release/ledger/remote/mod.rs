@@ -149,7 +149,7 @@ impl Ledger {
     /// # Errors
     /// [`RemoteError::Unreachable`], [`RemoteError::Rewritten`] and [`RemoteError::Diverged`]; the tip here stays then.
     pub fn sync(&self, remote: &Remote) -> Result<Synced, RemoteError> {
-        let writer = Writer::wait(&self.dir)?;
+        let writer = self.writer()?;
         let ours = disk::read_tip(&self.repository.get())?;
         let theirs = self.fetch(&writer, remote)?;
         let Some(theirs) = theirs else {
@@ -183,7 +183,7 @@ impl Ledger {
     /// # Errors
     /// As [`Ledger::append_to`].
     pub fn publish(&self, remote: &Remote, theirs: Option<Oid>) -> Result<(), RemoteError> {
-        let writer = Writer::wait(&self.dir)?;
+        let writer = self.writer()?;
         let Some(ours) = self.tip()? else { return Ok(()) };
         self.push(&writer, remote, theirs, ours)
     }
@@ -205,7 +205,7 @@ impl Ledger {
         signer: Option<&Signer>,
     ) -> Result<Appended, RemoteError> {
         check_change(change, expected.is_none())?;
-        let writer = Writer::wait(&self.dir)?;
+        let writer = self.writer()?;
         let tip = self.tip()?;
         self.catch_up_seen(&writer, tip)?;
         if tip != expected {
@@ -234,7 +234,7 @@ impl Ledger {
     /// # Errors
     /// As [`Ledger::sync`].
     pub fn set_aside(&self, remote: &Remote) -> Result<Vec<Commit>, RemoteError> {
-        let writer = Writer::wait(&self.dir)?;
+        let writer = self.writer()?;
         let Some(ours) = self.tip()? else { return Ok(Vec::new()) };
         let Some(theirs) = self.fetch(&writer, remote)? else { return Ok(Vec::new()) };
         if self.descends(ours, theirs)? {
