@@ -7,6 +7,7 @@ pub mod cli;
 // 3 · flows
 pub mod bake;
 pub mod build;
+pub mod release;
 pub mod vm;
 // 2 · nouns of the field
 pub mod artifact;

@@ -109,7 +109,9 @@ impl Ledger {
             bail!(problem.hint("give the path of a bare repository, or of a folder that does not exist"));
         }
         fs::create_dir_all(disk::scratch(repository.path()))?;
-        let ledger = Self { dir: repository.path().to_path_buf(), seen: seen.to_path_buf(), repository: Shared::new(repository) };
+        // libgit2 ends it with a slash, which would put the lock into it.
+        let path = repository.path().components().collect();
+        let ledger = Self { dir: path, seen: seen.to_path_buf(), repository: Shared::new(repository) };
         ledger.check_is_ledger()?;
         Ok(ledger)
     }
