@@ -1,12 +1,25 @@
-//! Releases on their way: what an environment has, who may change it, and what must be so before.
+//! Releases on their way: what is promoted through environments, who may decide it, and how it is kept.
 //!
+//! ```text
+//! make        what was built → release index, bills of materials, provenance, signatures
+//! desk        ledger → plan (pure) → append; again when somebody else was faster
+//! audit       every commit replayed with the functions that decide
+//! ```
 //! Pure: [`policy`] (what was applied), [`state`] (one environment, and the one function that changes it), [`decision`],
-//! [`gate`] (questions as data) and [`promotion`] (what would happen).
+//! [`gate`] (questions as data), [`promotion`] (what would happen) and [`message`]. [`ledger`] knows Git and nothing of
+//! states; [`evidence`] looks at the store and the world for the gates.
 
+pub mod audit;
 pub mod decision;
+pub mod desk;
+pub mod evidence;
 pub mod gate;
+pub mod ledger;
+pub mod make;
+pub mod message;
 pub mod policy;
 pub mod promotion;
+pub mod sshsig;
 pub mod state;
 
 #[cfg(test)]
