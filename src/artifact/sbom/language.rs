@@ -8,6 +8,8 @@ use crate::disk::tree::{NodeId, Tree};
 
 /// Licences as Python's trove classifiers name them, where the classifier says which one it is.
 const CLASSIFIER: &str = "License :: ";
+/// The one that does not say which of several it is.
+const BSD: &str = "BSD License";
 
 pub(super) fn find(tree: &Tree, paths: &[(Vec<u8>, NodeId)], found: &mut Found) -> Result<()> {
     for (path, id) in paths {
@@ -49,7 +51,8 @@ fn of_python(metadata: &str, path: &str) -> Option<Package> {
     let licence = field(headers, "License-Expression")
         .and_then(|text| licences::of_metadata(&text))
         .or_else(|| of_classifiers(headers))
-        .or_else(|| field(headers, "License").and_then(|text| licences::of_metadata(&text)));
+        .or_else(|| field(headers, "License").and_then(|text| licences::of_metadata(&text)))
+        .or_else(|| classifiers(headers).contains(&BSD).then(|| format!("LicenseRef-{}", BSD.replace(' ', "-"))));
     Some(Package {
         kind: Kind::Pypi,
         purl: pypi(&name, &version),
@@ -66,15 +69,19 @@ pub(super) fn pypi(name: &str, version: &str) -> String {
     purl(Kind::Pypi, None, &name.to_ascii_lowercase().replace(['_', '.'], "-"), version, &[])
 }
 
+fn classifiers(headers: &str) -> Vec<&str> {
+    let lines = headers.lines().filter_map(|line| line.strip_prefix("Classifier: ")?.strip_prefix(CLASSIFIER));
+    lines.map(|name| name.strip_prefix("OSI Approved :: ").unwrap_or(name).trim()).collect()
+}
+
 /// What exactly one classifier says; several do not say whether all or any of them hold.
 fn of_classifiers(headers: &str) -> Option<String> {
-    let mut names = headers
-        .lines()
-        .filter_map(|line| line.strip_prefix("Classifier: ")?.strip_prefix(CLASSIFIER))
-        .map(|name| name.strip_prefix("OSI Approved :: ").unwrap_or(name).trim())
-        .filter(|name| !["OSI Approved", "Other/Proprietary License", "BSD License"].contains(name));
-    let name = names.next()?;
-    if names.next().is_some() { None } else { licences::of_metadata(name) }
+    let mut names = classifiers(headers);
+    names.retain(|name| !["OSI Approved", "Other/Proprietary License", BSD].contains(name));
+    match names[..] {
+        [name] => licences::of_metadata(name),
+        _ => None,
+    }
 }
 
 /// An npm package from its `package.json`.
@@ -127,6 +134,7 @@ mod tests {
                 None,
             ),
             ("Classifier: License :: OSI Approved :: Apache Software License", Some("Apache-2.0")),
+            ("Classifier: License :: OSI Approved :: BSD License", Some("LicenseRef-BSD-License")),
             ("License: UNKNOWN", None),
         ];
         for (line, expected) in cases {

@@ -6,9 +6,10 @@
 //! nothing is guessed from words in it.
 
 use std::collections::BTreeSet;
+use std::fmt;
 
 /// Debian's and other common names that are not SPDX's identifiers; compared without regard to case.
-const NAMES: [(&str, &str); 41] = [
+const NAMES: [(&str, &str); 42] = [
     ("Expat", "MIT"),
     ("MIT License", "MIT"),
     ("The MIT License", "MIT"),
@@ -32,7 +33,8 @@ const NAMES: [(&str, &str); 41] = [
     ("Artistic", "Artistic-1.0-Perl"),
     ("Artistic-2", "Artistic-2.0"),
     ("CC0", "CC0-1.0"),
-    ("Perl", "Artistic-1.0-Perl OR GPL-1.0-or-later"),
+    ("public-domain", "LicenseRef-public-domain"),
+    ("Public Domain", "LicenseRef-public-domain"),
     ("PSF", "PSF-2.0"),
     ("PSF-2", "PSF-2.0"),
     ("PSFL", "PSF-2.0"),
@@ -51,11 +53,74 @@ const NAMES: [(&str, &str); 41] = [
     ("GNU Lesser General Public License v3 (LGPLv3)", "LGPL-3.0-only"),
     ("GNU Lesser General Public License v3 or later (LGPLv3+)", "LGPL-3.0-or-later"),
 ];
+/// What Perl itself and most of its modules are under.
+const PERL: [&str; 2] = ["Artistic-1.0-Perl", "GPL-1.0-or-later"];
 /// Families whose names carry a version, with or without `+`.
 const GNU: [&str; 4] = ["AGPL", "GFDL", "GPL", "LGPL"];
 /// Longer free text in a licence field is the licence itself, and no name.
 const LONGEST_NAME: usize = 64;
 const REFERENCE: &str = "LicenseRef-";
+
+/// Licences joined by one conjunction, or one licence.
+#[derive(Debug, Clone, PartialEq, Eq)]
+enum Joined {
+    One(String),
+    All(Vec<Joined>),
+    Any(Vec<Joined>),
+}
+
+impl Joined {
+    /// Parts of the same kind are taken apart, and each is kept once; nothing of nothing.
+    fn all(parts: impl IntoIterator<Item = Self>) -> Option<Self> {
+        let parts = parts.into_iter().flat_map(|part| match part {
+            Self::All(parts) => parts,
+            other => vec![other],
+        });
+        Self::once(parts, Self::All)
+    }
+
+    fn any(parts: impl IntoIterator<Item = Self>) -> Option<Self> {
+        let parts = parts.into_iter().flat_map(|part| match part {
+            Self::Any(parts) => parts,
+            other => vec![other],
+        });
+        Self::once(parts, Self::Any)
+    }
+
+    fn once(parts: impl Iterator<Item = Self>, join: fn(Vec<Self>) -> Self) -> Option<Self> {
+        let mut kept: Vec<Self> = Vec::new();
+        for part in parts {
+            if !kept.contains(&part) {
+                kept.push(part);
+            }
+        }
+        if kept.len() > 1 { Some(join(kept)) } else { kept.pop() }
+    }
+
+    fn sort(&mut self) {
+        if let Self::All(parts) = self {
+            parts.sort_by_cached_key(ToString::to_string);
+        }
+    }
+}
+
+impl fmt::Display for Joined {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        let (parts, conjunction) = match self {
+            Self::One(name) => return f.write_str(name),
+            Self::All(parts) => (parts, " AND "),
+            Self::Any(parts) => (parts, " OR "),
+        };
+        for (index, part) in parts.iter().enumerate() {
+            f.write_str(if index == 0 { "" } else { conjunction })?;
+            match part {
+                Self::One(name) => f.write_str(name)?,
+                other => write!(f, "({other})")?,
+            }
+        }
+        Ok(())
+    }
+}
 
 /// The licences of a Debian copyright file: all that its paragraphs name, joined by `AND`. `None`
 /// when the file is not machine-readable or names none.
@@ -66,66 +131,45 @@ pub fn of_copyright(text: &str) -> Option<String> {
     if !header.contains("copyright-format/1.0") && !header.contains("dep5") && !header.contains("/DEP-5") {
         return None;
     }
-    let mut expressions = BTreeSet::new();
+    let mut licences = Vec::new();
     for paragraph in &paragraphs {
         // A paragraph with `License` alone holds the text of one that is named elsewhere.
         let named = ["Files", "Format"].into_iter().any(|field| super::field(paragraph, field).is_some());
         if named && let Some(licence) = super::field(paragraph, "License") {
-            let name = licence.lines().next().unwrap_or_default().trim();
-            expressions.extend(of_synopsis(name));
+            licences.extend(of_synopsis(licence.lines().next().unwrap_or_default().trim()));
         }
     }
-    join(expressions.into_iter().collect(), "AND")
+    let mut all = Joined::all(licences)?;
+    all.sort();
+    Some(all.to_string())
 }
 
 /// A `License` field's first line: names with `and`, `or`, commas, `with … exception`.
-fn of_synopsis(text: &str) -> Option<String> {
-    // A comma before the conjunction binds least (copyright format 1.0, "Syntax").
-    for conjunction in ["or", "and"] {
-        let separator = format!(", {conjunction} ");
-        let parts: Vec<&str> = text.split(&separator).collect();
+fn of_synopsis(text: &str) -> Option<Joined> {
+    // A comma before the conjunction binds least, then `or`, then `and` (copyright format 1.0, "Syntax").
+    for separator in [", or ", ", and ", " or ", " and "] {
+        let parts: Vec<&str> = text.split(separator).collect();
         if parts.len() > 1 {
-            let parts: Option<Vec<String>> = parts.into_iter().map(of_synopsis).collect();
-            return join(parts?, &conjunction.to_uppercase());
-        }
-    }
-    for conjunction in ["or", "and"] {
-        let separator = format!(" {conjunction} ");
-        let parts: Vec<&str> = text.split(&separator).collect();
-        if parts.len() > 1 {
-            let parts: Option<Vec<String>> = parts.into_iter().map(|part| of_synopsis(part.trim_end_matches(','))).collect();
-            return join(parts?, &conjunction.to_uppercase());
+            let parts: Option<Vec<Joined>> = parts.into_iter().map(|part| of_synopsis(part.trim_end_matches(','))).collect();
+            return if separator.ends_with("or ") { Joined::any(parts?) } else { Joined::all(parts?) };
         }
     }
     of_name(text)
 }
 
-/// Joins expressions, with parentheses around those that are joined otherwise; each once.
-fn join(mut parts: Vec<String>, conjunction: &str) -> Option<String> {
-    let mut seen = BTreeSet::new();
-    parts.retain(|part| seen.insert(part.clone()));
-    if parts.len() > 1 {
-        let other = if conjunction == "AND" { " OR " } else { " AND " };
-        for part in &mut parts {
-            if part.contains(other) {
-                *part = format!("({part})");
-            }
-        }
-    }
-    (!parts.is_empty()).then(|| parts.join(&format!(" {conjunction} ")))
-}
-
 /// One licence by any of its names; `None` for no name at all.
-fn of_name(name: &str) -> Option<String> {
+fn of_name(name: &str) -> Option<Joined> {
     let name = name.trim();
     if name.is_empty() {
         return None;
     }
-    if let Some((_, expression)) = NAMES.iter().find(|(known, _)| known.eq_ignore_ascii_case(name)) {
-        return Some((*expression).to_owned());
+    if name.eq_ignore_ascii_case("Perl") {
+        return Joined::any(PERL.map(|name| Joined::One(name.to_owned())));
     }
-    let found = gnu(name).or_else(|| listed(name).map(str::to_owned));
-    Some(found.unwrap_or_else(|| reference(name)))
+    let known = NAMES.iter().find(|(known, _)| known.eq_ignore_ascii_case(name)).map(|(_, id)| (*id).to_owned());
+    // Debian leaves `.0` out.
+    let found = known.or_else(|| gnu(name)).or_else(|| listed(name).or_else(|| listed(&format!("{name}.0"))).map(str::to_owned));
+    Some(Joined::One(found.unwrap_or_else(|| reference(name))))
 }
 
 /// `GPL-2+` and the like; SPDX tells `only` from `or-later`, and Debian's name without `+` means only.
@@ -198,16 +242,15 @@ pub(super) fn of_metadata(text: &str) -> Option<String> {
             })
             .collect();
         let text = parts.join(" ").replace("( ", "(").replace(" )", ")");
-        if parsed.requirements().count() > 0 && spdx::Expression::parse(&text).is_ok() {
+        if parsed.requirements().count() > 0 && is_valid(&text) {
             return Some(text);
         }
     }
     // Older npm and Cargo packages write `MIT/Apache-2.0`.
     if text.contains('/') && !text.contains("://") {
-        let parts: Vec<String> = text.split('/').filter_map(of_name).collect();
-        return join(parts, "OR");
+        return Joined::any(text.split('/').filter_map(of_name)).map(|joined| joined.to_string());
     }
-    of_name(text)
+    of_name(text).map(|joined| joined.to_string())
 }
 
 /// Every licence an expression names, sorted, each once: what a policy compares. Exceptions stay
@@ -221,7 +264,9 @@ pub fn names(expression: &str) -> Vec<String> {
 
 /// Whether an expression is one of SPDX's, names of our own included.
 pub(super) fn is_valid(expression: &str) -> bool {
-    spdx::Expression::parse(expression).is_ok()
+    // Some names of SPDX's list are deprecated there and yet what a package is under.
+    let mode = spdx::ParseMode { allow_deprecated: true, ..spdx::ParseMode::STRICT };
+    spdx::Expression::parse_mode(expression, mode).is_ok()
 }
 
 /// The `LicenseRef-…` names in an expression.
@@ -254,13 +299,17 @@ mod tests {
             ("GPL-2+ or Artistic, and BSD-3-clause", "(GPL-2.0-or-later OR Artistic-1.0-Perl) AND BSD-3-Clause"),
             ("GPL-2 or LGPL-3 and Expat", "GPL-2.0-only OR (LGPL-3.0-only AND MIT)"),
             ("Expat and Expat", "MIT"),
-            ("Perl", "Artistic-1.0-Perl OR GPL-1.0-or-later"),
+            ("public-domain", "LicenseRef-public-domain"),
+            ("Public Domain", "LicenseRef-public-domain"),
             ("GPL-17", "LicenseRef-GPL-17"),
+            ("MPL-2", "MPL-2.0"),
+            ("BSD-2-clause-NetBSD", "BSD-2-Clause-NetBSD"),
+            ("PUBLIC-DOMAIN", "LicenseRef-public-domain"),
+            ("GPL-2+ and Expat, and Expat", "GPL-2.0-or-later AND MIT"),
             ("other (see text)", "LicenseRef-other-see-text"),
         ];
         for (text, expected) in cases {
-            let found = of_synopsis(text);
-            assert_eq!(found.as_deref(), Some(expected), "{text}");
+            assert_eq!(of_synopsis(text).map(|it| it.to_string()).as_deref(), Some(expected), "{text}");
             assert!(is_valid(expected), "{expected}");
         }
         assert_eq!(of_synopsis(" "), None);
