@@ -99,8 +99,7 @@ fn signing_and_reporting_never_change_a_release() {
     }
     let after_one = referrer::attached(&store, &release.digest).unwrap();
     sign::sign(&store, &release, "shop", &two).unwrap();
-    let types = ("application/vnd.pipeline.report.v1", "application/xml");
-    referrer::attach(&store, &release, &Kind::report("smoke").unwrap(), types, b"<testsuite/>", &BTreeMap::new()).unwrap();
+    referrer::attach_report(&store, &release, "smoke", "application/xml", b"<testsuite/>").unwrap();
     provenance::attach(&store, &release, &facts(&release), Some(&one)).unwrap();
     assert_eq!(after_one.len(), 2, "a second signature of one key is none");
     assert_eq!(referrer::attached(&store, &release.digest).unwrap().len(), 5);
@@ -125,13 +124,11 @@ fn cosign_verifies_what_we_sign() {
 
     let release = release(&store);
     let image = release::read(&store, &release.digest).unwrap().entry(release::Kind::Image, "shop").unwrap().descriptor();
-    for subject in [&release, &image] {
-        sign::sign(&store, subject, "registry.example/team/shop", &key).unwrap();
-    }
+    let signed = sign::sign_release(&store, &release.digest, "registry.example/team/shop", &key).unwrap();
+    assert_eq!((signed.len(), signed[0].digest), (3, release.digest));
     provenance::attach(&store, &release, &facts(&release), Some(&key)).unwrap();
     // A report that is no bundle lies between: cosign has to pass over it.
-    let types = ("application/vnd.pipeline.report.v1", "application/xml");
-    referrer::attach(&store, &release, &Kind::report("smoke").unwrap(), types, b"<testsuite/>", &BTreeMap::new()).unwrap();
+    referrer::attach_report(&store, &release, "smoke", "application/xml", b"<testsuite/>").unwrap();
     push_release(&http, "team/shop", &store, &release.digest);
     // The store with all its attachments is still a layout others read.
     store.tag("shop:1.4", &image).unwrap();
@@ -148,7 +145,7 @@ fn cosign_verifies_what_we_sign() {
         ],
     );
 
-    for subject in [&release, &image] {
+    for subject in &signed {
         let reference = format!("127.0.0.1:{}/team/shop@{}", server.port, subject.digest);
         let verified = cosign.verify(&public, &reference).expect("cosign accepts it");
         assert!(verified.contains(&subject.digest.to_string()) && verified.contains("registry.example/team/shop"), "{verified}");
@@ -219,7 +216,7 @@ fn we_verify_what_cosign_signs() {
     cosign.attest(&private, "pass word", &reference);
     let tag = referrer::tag(&release.digest, &Kind::Signature, 1);
     let fetched = http.pull("team/shop", &tag, &store);
-    store.tag(&tag, &fetched).unwrap();
+    sign::adopt(&store, &release.digest, &fetched).unwrap();
     let keys = [ours.public(), theirs.public()];
     let seen = sign::seen(&store, &release.digest, &keys).unwrap();
     let verdicts: Vec<&Verdict> =
@@ -244,10 +241,14 @@ fn we_verify_what_cosign_signs() {
         assert!(bundle.statement.is_about(&release.digest));
         if bundle.statement.predicate_type == provenance::PREDICATE {
             assert_eq!(bundle.signed_by, Some(theirs.public().fingerprint()));
+            let manifest = Descriptor::new(MANIFEST_TYPE, referrer, 0);
+            assert!(referrer::adopt(&store, &release.digest, &manifest).unwrap().unwrap().ends_with(".provenance"));
             opened += 1;
         }
     }
     assert_eq!(opened, 1, "cosign's bundle is there");
+    let found = provenance::read(&store, &release.digest, &[theirs.public()]).unwrap();
+    assert_eq!((found.len(), found[0].signed_by, found[0].builder.as_str()), (1, Some(theirs.public().fingerprint()), "x"));
 }
 
 /// The documents of a real tree, against the tools whose packages are in it.

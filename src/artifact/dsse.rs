@@ -26,7 +26,7 @@ pub const STATEMENT_TYPE: &str = "application/vnd.in-toto+json";
 const STATEMENT: &str = "https://in-toto.io/Statement/v1";
 /// Annotations of a bundle's manifest, by which cosign tells what is inside without reading it.
 const CONTENT: &str = "dev.sigstore.bundle.content";
-const PREDICATE: &str = "dev.sigstore.bundle.predicateType";
+pub(super) const PREDICATE: &str = "dev.sigstore.bundle.predicateType";
 
 /// What a statement is about.
 #[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]

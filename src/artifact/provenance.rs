@@ -185,7 +185,12 @@ pub struct Provenance {
     pub tag: String,
     /// The key that signed it; `None`: unsigned, or by none of the given keys. Then anybody may have written it.
     pub signed_by: Option<Fingerprint>,
-    pub builder: Builder,
+    /// Id of the builder.
+    pub builder: String,
+    /// Version and file of this program, when it was the builder.
+    pub version: Option<String>,
+    pub digest: Option<Digest>,
+    /// `None`: the builder does not say it as this program does.
     pub source: Option<Source>,
 }
 
@@ -198,14 +203,13 @@ pub fn read(store: &Store, digest: &Digest, keys: &[PublicKey]) -> Result<Vec<Pr
     for attached in referrer::attached(store, digest)?.into_iter().filter(|it| it.kind == Kind::Provenance) {
         let bytes = attached.read(store)?;
         let signed = attached.content.iter().any(|content| content.media_type == BUNDLE_TYPE);
-        let parsed = if signed {
-            dsse::open(&bytes, keys).and_then(|opened| Ok((parse(&opened.statement, digest)?, opened.signed_by)))
+        let opened = if signed {
+            dsse::open(&bytes, keys).map(|opened| (opened.statement, opened.signed_by))
         } else {
-            Statement::parse(&bytes).and_then(|statement| Ok((parse(&statement, digest)?, None)))
+            Statement::parse(&bytes).map(|statement| (statement, None))
         };
-        let ((builder, source), signed_by) =
-            parsed.with_context(|| Problem::failed(format!("the provenance `{}` is broken", attached.tag)))?;
-        found.push(Provenance { tag: attached.tag, signed_by, builder, source });
+        let parsed = opened.and_then(|(statement, signed_by)| parse(&statement, digest, &attached.tag, signed_by));
+        found.push(parsed.with_context(|| Problem::failed(format!("the provenance `{}` is broken", attached.tag)))?);
     }
     Ok(found)
 }
@@ -252,18 +256,20 @@ struct Dependency {
     digest: BTreeMap<String, String>,
 }
 
-fn parse(statement: &Statement, digest: &Digest) -> Result<(Builder, Option<Source>)> {
+fn parse(statement: &Statement, digest: &Digest, tag: &str, signed_by: Option<Fingerprint>) -> Result<Provenance> {
     anyhow::ensure!(statement.predicate_type == PREDICATE, "a statement of the type `{}`", statement.predicate_type);
     anyhow::ensure!(statement.is_about(digest), "it is about another artifact");
     let predicate = Predicate::deserialize(&statement.predicate).context("the predicate is not SLSA provenance v1")?;
-    let builder = predicate.run_details.builder;
-    let digest = builder.builder_dependencies.iter().find_map(|it| it.digest.get("sha256"));
-    let builder = Builder {
-        id: builder.id,
-        version: builder.version.get("pipeline").cloned().unwrap_or_default(),
-        digest: digest.context("the builder has no digest")?.parse()?,
-    };
-    Ok((builder, predicate.build_definition.external_parameters.source))
+    let mut builder = predicate.run_details.builder;
+    let digest = builder.builder_dependencies.iter().find_map(|it| it.digest.get("sha256")?.parse().ok());
+    Ok(Provenance {
+        tag: tag.to_owned(),
+        signed_by,
+        version: builder.version.remove("pipeline"),
+        digest,
+        builder: builder.id,
+        source: predicate.build_definition.external_parameters.source,
+    })
 }
 
 #[cfg(test)]
@@ -345,7 +351,11 @@ mod tests {
         assert_eq!(attach(&store, &subject, &facts, Some(&key)).unwrap(), signed);
         let told = |keys: &[PublicKey]| {
             let found = read(&store, &subject.digest, keys).unwrap();
-            assert!(found.iter().all(|it| it.builder == facts.builder && it.source == facts.source));
+            let (id, version, digest) = (&facts.builder.id, &facts.builder.version, facts.builder.digest);
+            assert!(
+                found.iter().all(|it| it.builder == *id && it.version.as_ref() == Some(version) && it.digest == Some(digest))
+            );
+            assert!(found.iter().all(|it| it.source == facts.source));
             found.into_iter().map(|it| it.signed_by).collect::<Vec<_>>()
         };
         assert_eq!(told(&[key.public()]), [None, Some(key.public().fingerprint())]);

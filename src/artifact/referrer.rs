@@ -18,14 +18,18 @@ use anyhow::{Context as _, Result};
 use serde::Deserialize;
 use serde_json::json;
 
-use super::image;
 use super::store::{Descriptor, Hold, INDEX_TYPE, Index, Lock, MANIFEST_TYPE, REF_NAME, Store};
+use super::{dsse, image, provenance, sbom};
 use crate::error::Problem;
 use crate::oci::digest::Digest;
 
 /// Media type of the configuration of what is no image (image specification 1.1, "Guidance for an Empty Descriptor").
 pub const EMPTY_TYPE: &str = "application/vnd.oci.empty.v1+json";
 pub(super) const EMPTY: &[u8] = b"{}";
+/// `artifactType` of a test report.
+pub const REPORT_TYPE: &str = "application/vnd.pipeline.report.v1";
+/// Annotation with a report's name.
+const REPORT: &str = "io.pipeline.report";
 /// A tag has at most 128 characters (distribution specification); a report's name gets these.
 const REPORT_NAME: usize = 40;
 
@@ -177,24 +181,65 @@ pub fn attach(
         manifest["annotations"] = serde_json::to_value(annotations)?;
     }
     let manifest = serde_json::to_vec(&image::sorted(manifest))?;
-    let _lock = lock(store)?;
-    let digest = store.put(&manifest)?;
     let descriptor = Descriptor {
         artifact_type: Some(artifact_type.to_owned()),
-        ..Descriptor::new(MANIFEST_TYPE, digest, manifest.len() as u64)
+        ..Descriptor::new(MANIFEST_TYPE, store.put(&manifest)?, manifest.len() as u64)
     };
-    for number in 1.. {
-        let tag = tag(&subject.digest, kind, number);
+    tag_next(store, &subject.digest, kind, &descriptor)?;
+    Ok(descriptor)
+}
+
+/// Gives a manifest that is in the store the next free tag of its kind, unless it has one; its tag.
+fn tag_next(store: &Store, subject: &Digest, kind: &Kind, manifest: &Descriptor) -> Result<String> {
+    let _lock = lock(store)?;
+    let mut number = 1;
+    loop {
+        let tag = tag(subject, kind, number);
         match store.tagged(&tag)? {
-            Some(there) if there.digest == digest => break,
-            Some(_) => {}
+            Some(there) if there.digest == manifest.digest => return Ok(tag),
+            Some(_) => number += 1,
             None => {
-                store.tag(&tag, &descriptor)?;
-                break;
+                store.tag(&tag, manifest)?;
+                return Ok(tag);
             }
         }
     }
-    Ok(descriptor)
+}
+
+/// Attaches a test report: `media_type` is its own, such as `application/xml` of JUnit's.
+pub fn attach_report(store: &Store, subject: &Descriptor, name: &str, media_type: &str, bytes: &[u8]) -> Result<Descriptor> {
+    let annotations = BTreeMap::from([(REPORT.to_string(), name.to_string())]);
+    attach(store, subject, &Kind::report(name)?, (REPORT_TYPE, media_type), bytes, &annotations)
+}
+
+/// Tags a referrer that came from elsewhere; its manifest and blobs are in the store already. The
+/// tag, or `None` when it is of a kind this program does not know: then it stays without one.
+///
+/// # Errors
+/// It is no manifest, or about another artifact.
+pub fn adopt(store: &Store, subject: &Digest, manifest: &Descriptor) -> Result<Option<String>> {
+    let bytes = store.read(&manifest.digest)?;
+    let read: Manifest = serde_json::from_slice(&bytes).with_context(|| format!("{} is not a manifest", manifest.digest))?;
+    if read.subject.is_none_or(|named| named.digest != *subject) {
+        return Err(Problem::failed(format!("{} is not about {subject}", manifest.digest)).into());
+    }
+    let artifact_type = read.artifact_type.unwrap_or(read.config.media_type);
+    let predicate = read.annotations.get(dsse::PREDICATE).map(String::as_str);
+    let kind = match artifact_type.as_str() {
+        dsse::BUNDLE_TYPE if predicate == Some(provenance::PREDICATE) => Kind::Provenance,
+        dsse::BUNDLE_TYPE => Kind::Bundle,
+        dsse::STATEMENT_TYPE => Kind::Provenance,
+        sbom::SPDX_TYPE => Kind::Spdx,
+        sbom::CYCLONEDX_TYPE => Kind::CycloneDx,
+        REPORT_TYPE => match read.annotations.get(REPORT).map(|name| Kind::report(name)) {
+            Some(Ok(kind)) => kind,
+            _ => return Ok(None),
+        },
+        _ => return Ok(None),
+    };
+    let descriptor =
+        Descriptor { artifact_type: Some(artifact_type), ..Descriptor::new(MANIFEST_TYPE, manifest.digest, bytes.len() as u64) };
+    tag_next(store, subject, &kind, &descriptor).map(Some)
 }
 
 /// Everything attached to an artifact, sorted by kind and number.
@@ -332,6 +377,40 @@ mod tests {
         // A tag on what is about something else is noticed.
         store.tag(&tag(&Digest::of("other"), &report, 1), &one).unwrap();
         assert!(attached(&store, &Digest::of("other")).unwrap_err().to_string().contains("is about another artifact"));
+    }
+
+    /// What another machine attached arrives as it was, whatever order it comes in.
+    #[test]
+    fn what_was_attached_elsewhere_is_adopted() {
+        let dirs = [tempfile::tempdir().unwrap(), tempfile::tempdir().unwrap()];
+        let [here, there] = dirs.each_ref().map(|dir| Store::open(dir.path()).unwrap());
+        let subject = Descriptor::new(MANIFEST_TYPE, there.put(b"subject").unwrap(), 7);
+        attach_report(&there, &subject, "smoke", "application/xml", b"<a/>").unwrap();
+        attach_report(&there, &subject, "smoke", "application/xml", b"<b/>").unwrap();
+        for (kind, kind_type, predicate) in [
+            (Kind::Bundle, dsse::BUNDLE_TYPE, "https://sigstore.dev/cosign/sign/v1"),
+            (Kind::Provenance, dsse::BUNDLE_TYPE, provenance::PREDICATE),
+            (Kind::Provenance, dsse::STATEMENT_TYPE, ""),
+            (Kind::Spdx, sbom::SPDX_TYPE, ""),
+            (Kind::CycloneDx, sbom::CYCLONEDX_TYPE, ""),
+        ] {
+            let annotations = BTreeMap::from([(dsse::PREDICATE.to_string(), predicate.to_string())]);
+            attach(&there, &subject, &kind, (kind_type, kind_type), kind_type.as_bytes(), &annotations).unwrap();
+        }
+        let stranger =
+            attach(&there, &subject, &Kind::report("x").unwrap(), ("application/other", "a/b"), b"", &BTreeMap::new()).unwrap();
+        for blob in blobs(&there, &subject.digest).unwrap() {
+            here.put(&there.read(&blob.digest).unwrap()).unwrap();
+        }
+        let all = attached(&there, &subject.digest).unwrap();
+        for attached in all.iter().chain(&all) {
+            let tag = adopt(&here, &subject.digest, &attached.manifest).unwrap();
+            let known = attached.manifest.digest != stranger.digest;
+            assert_eq!(tag.as_ref(), known.then_some(&attached.tag));
+        }
+        assert_eq!(attached(&here, &subject.digest).unwrap().len(), all.len() - 1);
+        let error = adopt(&here, &Digest::of("other"), &all[0].manifest).unwrap_err();
+        assert!(error.to_string().contains("is not about"), "{error}");
     }
 
     /// Two at once never take the same tag, which would lose one of them.

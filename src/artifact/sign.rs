@@ -17,10 +17,10 @@ use serde::{Deserialize, Serialize};
 use serde_json::{Value, json};
 
 use super::dsse::{self, BUNDLE_TYPE, Statement, Subject};
-use super::image;
 use super::keys::{Fingerprint, PrivateKey, PublicKey};
 use super::referrer::{self, Attached, Kind};
 use super::store::{Descriptor, MANIFEST_TYPE, Store};
+use super::{image, release};
 use crate::error::Problem;
 use crate::oci::digest::Digest;
 
@@ -96,6 +96,17 @@ pub fn sign(store: &Store, subject: &Descriptor, reference: &str, key: &PrivateK
     sign_simply(store, &subject.digest, reference, key)
 }
 
+/// Signs a release and every artifact in it, each in both forms; what was signed, the release first.
+pub fn sign_release(store: &Store, digest: &Digest, reference: &str, key: &PrivateKey) -> Result<Vec<Descriptor>> {
+    let release = release::read(store, digest)?;
+    let subjects: Vec<Descriptor> =
+        std::iter::once(release.descriptor()).chain(release.entries.iter().map(release::Entry::descriptor)).collect();
+    for subject in &subjects {
+        sign(store, subject, reference, key).with_context(|| format!("cannot sign {}", subject.digest))?;
+    }
+    Ok(subjects)
+}
+
 /// The bytes cosign signs.
 fn payload(digest: &Digest, reference: &str) -> Result<Vec<u8>> {
     let payload = json!({
@@ -115,24 +126,42 @@ fn sign_simply(store: &Store, digest: &Digest, reference: &str, key: &PrivateKey
         annotations: BTreeMap::from([(SIGNATURE.into(), STANDARD.encode(key.sign(&payload)))]),
         ..Descriptor::new(SIMPLE_SIGNING, store.put(&payload)?, payload.len() as u64)
     };
+    add(store, digest, vec![serde_json::to_value(layer)?])
+}
+
+/// Adds the signatures of cosign's manifest `manifest`, which came from elsewhere, to those beside
+/// the artifact; its blobs are in the store already. They are not checked here: see [`seen`].
+pub fn adopt(store: &Store, digest: &Digest, manifest: &Descriptor) -> Result<()> {
+    add(store, digest, layers(store, &manifest.digest)?)
+}
+
+fn layers(store: &Store, manifest: &Digest) -> Result<Vec<Value>> {
+    let manifest: Value = serde_json::from_slice(&store.read(manifest)?).context("the signatures are broken")?;
+    Ok(manifest["layers"].as_array().cloned().unwrap_or_default())
+}
+
+/// Adds payloads to the manifest of signatures. Others' are kept as they are, whatever their annotations say.
+fn add(store: &Store, digest: &Digest, new: Vec<Value>) -> Result<()> {
     let _lock = referrer::lock(store)?;
     let tag = referrer::tag(digest, &Kind::Signature, 1);
-    // Others' signatures are kept as they are, whatever their annotations say.
-    let mut layers: Vec<Value> = match store.tagged(&tag)? {
-        Some(there) => {
-            let manifest: Value = serde_json::from_slice(&store.read(&there.digest)?).context("the signatures are broken")?;
-            manifest["layers"].as_array().cloned().unwrap_or_default()
-        }
+    let mut layers = match store.tagged(&tag)? {
+        Some(there) => layers(store, &there.digest)?,
         None => Vec::new(),
     };
-    let layer = serde_json::to_value(layer)?;
-    if layers
-        .iter()
-        .any(|there| there["digest"] == layer["digest"] && there["annotations"][SIGNATURE] == layer["annotations"][SIGNATURE])
-    {
+    let before = layers.len();
+    for layer in new {
+        let same = |there: &Value| {
+            ["/digest", "/annotations/dev.cosignproject.cosign~1signature"]
+                .iter()
+                .all(|at| there.pointer(at) == layer.pointer(at))
+        };
+        if !layers.iter().any(same) {
+            layers.push(layer);
+        }
+    }
+    if layers.len() == before {
         return Ok(());
     }
-    layers.push(layer);
     let diff_ids: Vec<&Value> = layers.iter().map(|layer| &layer["digest"]).collect();
     let config = json!({
         "architecture": "",

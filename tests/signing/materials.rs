@@ -57,7 +57,7 @@ print(json.dumps(found))
 /// The programs of [`TOOLS`] in an environment of their own; returns its `bin`.
 fn tools() -> PathBuf {
     tool("python3", "python3");
-    let folder = shared("sbom-tools", |folder| {
+    let folder = shared("sbom-tools", &TOOLS, |folder| {
         if let Err(error) = Cmd::new("python3").args(["-m", "venv"]).arg(folder).run() {
             panic!("python3 makes no environment: apt-get install python3-venv\n{error:#}");
         }
@@ -81,7 +81,7 @@ fn python(bin: &Path) -> Cmd {
 fn layers(bin: &Path) -> PathBuf {
     tool("mmdebstrap", "mmdebstrap");
     tool("dpkg-query", "dpkg");
-    shared("sbom-layers", |folder| {
+    shared("sbom-layers", &[PYTHON_PACKAGES.as_slice(), &NODE_PACKAGES].concat(), |folder| {
         let debian = folder.join("debian.tar");
         let options = ["--variant=essential", "--include=python3-requests", "--aptopt=APT::Sandbox::User \"root\""];
         Cmd::new("mmdebstrap").args(options).arg("trixie").arg(&debian).arg(trixie()).run().unwrap();

@@ -17,12 +17,13 @@ pub fn run(program: &str, arguments: &[&str]) -> String {
     Cmd::new(program).args(arguments).text().unwrap()
 }
 
-/// A folder that runs of the tests share; `make` fills it once.
-pub fn shared(name: &str, make: impl FnOnce(&Path)) -> PathBuf {
+/// A folder that runs of the tests share, made of `parts`; `make` fills it once.
+pub fn shared(name: &str, parts: &[&str], make: impl FnOnce(&Path)) -> PathBuf {
+    let name = format!("{name}-{}", Digest::of(parts.join("\n")).short());
     let folder = Path::new(env!("CARGO_TARGET_TMPDIR"));
     fs_err::create_dir_all(folder).unwrap();
     let _lock = Lock::wait(&folder.join(format!("{name}.lock")), Hold::Exclusive).unwrap();
-    let (made, fresh) = (folder.join(name), folder.join(format!("{name}.new")));
+    let (made, fresh) = (folder.join(&name), folder.join(format!("{name}.new")));
     if !made.exists() {
         let _ = fs_err::remove_dir_all(&fresh);
         fs_err::create_dir(&fresh).unwrap();
@@ -56,7 +57,7 @@ pub struct Cosign {
 
 impl Cosign {
     pub fn new(home: &Path) -> Self {
-        let folder = shared("cosign-of-trixie", |folder| {
+        let folder = shared("cosign-of-trixie", &[], |folder| {
             let apt = tempfile::tempdir().unwrap();
             for name in ["lists/partial", "archives/partial"] {
                 fs_err::create_dir_all(apt.path().join(name)).unwrap();
