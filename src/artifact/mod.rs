@@ -2,7 +2,14 @@
 
 pub mod archive;
 pub mod disk;
+pub mod dsse;
 pub mod image;
+pub mod keys;
+pub mod provenance;
+pub mod referrer;
+pub mod release;
+pub mod sbom;
+pub mod sign;
 pub mod store;
 pub mod version;
 

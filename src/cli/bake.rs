@@ -66,6 +66,17 @@ pub fn run(global: &Global, args: Args) -> Result<u8> {
     Ok(0)
 }
 
+/// Bakes the host of `NAME:latest` and exports nothing.
+pub fn only(around: &ui::Surroundings, name: &str) -> Result<()> {
+    let tag = format!("{name}:latest");
+    let host = around.store.tagged(&format!("{tag}.host"))?.context("a host that was just built")?;
+    let bake = Bake { store: &around.store, progress: &around.progress, threads: around.host.threads, path: &around.host.path };
+    let wish = Wish { name: tag.clone(), host: host.digest, previous: None };
+    let baked = bake::bake(&bake, &wish).and_then(|baking| baking.finish(&around.store));
+    around.progress.finish();
+    baked.map(drop).with_context(|| format!("cannot bake `{tag}`"))
+}
+
 /// The exports are written while the store waits for its disk.
 fn bake_and_export(bake: &Bake<'_>, wish: &Wish, mut formats: Vec<Format>, dir: &Path) -> Result<(Baked, Vec<Written>)> {
     let baking = bake::bake(bake, wish)?;

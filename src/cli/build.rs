@@ -5,6 +5,7 @@ use std::path::PathBuf;
 use anyhow::Result;
 
 use super::{Global, report, signals, ui};
+use super::{bake, release};
 use crate::build::{self, Options};
 
 #[derive(Debug, clap::Args)]
@@ -26,6 +27,8 @@ pub struct Args {
     /// Where work folders are made; default: beside the store
     #[arg(long, value_name = "DIR")]
     work_dir: Option<PathBuf>,
+    #[command(flatten)]
+    release: release::ReleaseArgs,
 }
 
 pub fn run(global: &Global, args: Args) -> Result<u8> {
@@ -41,6 +44,14 @@ pub fn run(global: &Global, args: Args) -> Result<u8> {
     let built = build::build(&around.build(), &pipeline, &options);
     around.progress.finish();
     let built = built?;
-    ui::answer(global, &built, || report::built(&built))?;
-    Ok(0)
+    if !args.release.release {
+        ui::answer(global, &built, || report::built(&built))?;
+        return Ok(0);
+    }
+    if pipeline.host.is_some() {
+        bake::only(&around, &pipeline.name.to_string())?;
+    }
+    let made = release::make(global, &around, &pipeline, built, &args.release)?;
+    ui::answer(global, &made, || release::text(&made))?;
+    Ok(release::status(&made))
 }

@@ -9,17 +9,24 @@ mod artifact;
 mod bake;
 mod boot;
 mod build;
+mod desk;
 mod diff;
 mod disk;
 mod doctor;
+mod environment;
 mod explain;
+mod hold;
 mod init;
+mod ledger;
 mod meta;
 mod plan;
 mod progress;
+mod promote;
+mod release;
 mod report;
 mod run;
 mod signals;
+mod status;
 mod test;
 mod ui;
 mod update;
@@ -94,6 +101,43 @@ enum Verb {
     /// Look at, move, verify and prune what is in the store
     #[command(subcommand)]
     Artifact(artifact::Verb),
+    /// Bring the environments of a pipeline file into the ledger, list and show them
+    #[command(subcommand)]
+    Environment(environment::Verb),
+    /// Show what is where: release, since when, by whom, health, holds, what waits and for which gate
+    Status(status::StatusArgs),
+    /// Move a release on to an environment, through its gates
+    Promote(promote::PromoteArgs),
+    /// Say yes to what is to come to an environment
+    Approve(hold::ApproveArgs),
+    /// Go back to the release that was healthy before, with its configuration; leaves a hold
+    Rollback(promote::RollbackArgs),
+    /// Keep automation away from an environment, or let it again
+    Hold(hold::HoldArgs),
+    /// Let nothing change in an environment
+    Freeze(hold::FreezeArgs),
+    /// End a freeze
+    Thaw(hold::ThawArgs),
+    /// Take the bad mark off a release that was rolled back from
+    Clear(hold::ClearArgs),
+    /// Change the configuration of an environment
+    #[command(subcommand)]
+    Config(environment::ConfigVerb),
+    /// Give a secret of an environment its value
+    #[command(subcommand)]
+    Secret(environment::SecretVerb),
+    /// List the decisions about an environment
+    History(status::HistoryArgs),
+    /// Compare what two environments have
+    Diff(status::DiffArgs),
+    /// List decisions, of everybody about everything
+    Log(status::LogArgs),
+    /// Find and check the ledger
+    #[command(subcommand)]
+    Ledger(ledger::Verb),
+    /// Make keys that sign releases
+    #[command(subcommand)]
+    Keys(ledger::KeysVerb),
     /// Tell what this machine can do, what is missing, and the command that fixes it
     Doctor(doctor::Args),
     /// Print the JSON Schema of the pipeline file, or of a vm-test
@@ -153,6 +197,22 @@ fn dispatch(cli: Cli) -> Result<u8> {
         Verb::Boot(args) => boot::run(&global, args),
         Verb::Test(args) => test::run(&global, args),
         Verb::Artifact(verb) => artifact::run(&global, verb),
+        Verb::Environment(verb) => environment::run(&global, verb),
+        Verb::Status(args) => status::status(&global, args),
+        Verb::Promote(args) => promote::promote(&global, args),
+        Verb::Approve(args) => hold::approve(&global, args),
+        Verb::Rollback(args) => promote::rollback(&global, args),
+        Verb::Hold(args) => hold::hold(&global, args),
+        Verb::Freeze(args) => hold::freeze(&global, args),
+        Verb::Thaw(args) => hold::thaw(&global, args),
+        Verb::Clear(args) => hold::clear(&global, args),
+        Verb::Config(verb) => environment::config(&global, verb),
+        Verb::Secret(verb) => environment::secret(&global, verb),
+        Verb::History(args) => status::history(&global, args),
+        Verb::Diff(args) => status::diff(&global, args),
+        Verb::Log(args) => status::log(&global, args),
+        Verb::Ledger(verb) => ledger::run(&global, verb),
+        Verb::Keys(verb) => ledger::keys(&global, verb),
         Verb::Doctor(args) => doctor::run(&global, args),
         Verb::Schema(args) => meta::schema(&args),
         Verb::Completions(args) => meta::completions(&args),

@@ -200,7 +200,7 @@ pub fn finish(global: &Global, reasons: &Reasons, outcome: Outcome) -> Result<u8
 }
 
 /// An outcome for people.
-fn text(outcome: &Outcome) -> String {
+pub fn text(outcome: &Outcome) -> String {
     let plan = &outcome.plan;
     let name = format!("{}/{}", plan.pipeline, plan.environment);
     let mut text = String::new();

@@ -94,6 +94,25 @@ pub fn make(global: &Global, around: &ui::Surroundings, pipeline: &Pipeline, bui
     Ok(Answer { schema: 1, built, release: made, entered })
 }
 
+/// The answer for people.
+pub fn text(answer: &Answer) -> String {
+    let mut text = super::report::built(&answer.built);
+    let made = &answer.release;
+    text += &format!("{} {}\n", made.name, made.release.digest);
+    for entry in &made.release.entries {
+        text += &format!("  {} {}\n", entry.kind, entry.digest);
+    }
+    let signed = if made.signed { "signed" } else { "not signed" };
+    text += &format!("  {signed}; {} packages listed\n", made.packages);
+    answer.entered.iter().for_each(|outcome| text += &super::promote::text(outcome));
+    text
+}
+
+/// 1 when the release could not enter where it should by itself.
+pub fn status(answer: &Answer) -> u8 {
+    u8::from(answer.entered.iter().any(|outcome| outcome.commit.is_none()))
+}
+
 /// Lets a release come to the environments of the ledger where releases enter by themselves.
 fn enter(global: &Global, name: &str, made: &Release) -> Result<Vec<Outcome>> {
     let Ok(office) = Office::open(global, Some(name)) else {

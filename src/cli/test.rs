@@ -2,14 +2,18 @@
 
 use std::path::{Path, PathBuf};
 
-use anyhow::Result;
+use anyhow::{Context as _, Result};
 use serde_json::json;
 
 use super::boot::{MachineArgs, find_disk};
 use super::{Global, signals, ui};
+use crate::config::types::VmTestFile;
 use crate::config::{self, diagnostic, yaml};
 use crate::error::Problem;
+use crate::oci::digest::Digest;
 use crate::progress::Progress as _;
+use crate::release::gate::Tested;
+use crate::vm::accelerator::Wanted;
 use crate::vm::disk::DiskToBoot;
 use crate::vm::settings::Firmware;
 use crate::vm::test::run::{self, Around, Outcome};
@@ -107,6 +111,30 @@ pub fn run(global: &Global, args: Args) -> Result<u8> {
     let value = json!({"schema": 1, "passed": outcomes.len() - failed, "failed": failed, "not_run": wanted - outcomes.len(), "tests": outcomes});
     ui::answer(global, &value, || summary(&outcomes, wanted))?;
     Ok(u8::from(failed > 0))
+}
+
+/// Boots the disk with this manifest and runs the test of a gate in it, with each firmware it names.
+pub fn boot_for_gate(around: &ui::Surroundings, digest: &Digest, gate: &VmTestFile) -> Result<Tested> {
+    let file = PathBuf::from(&gate.file);
+    let test = crate::vm::test::parse(&file, &gate.text)
+        .map_err(|found| Problem::failed(diagnostic::render(&found, &around.cwd)))?;
+    let tools = Tools::find(&around.host.path)?;
+    let disk = crate::artifact::disk::read(&around.store, digest)?.context("the release's disk is no disk")?;
+    let apps = disk.config.apps.clone();
+    let disk = DiskToBoot { name: digest.short(), path: crate::bake::disk::raw(&around.store, &disk)?, apps };
+    let choice = crate::vm::accelerator::choose(&tools.qemu, Wanted::Auto, &around.store.state("vm"))?;
+    let (work, output) = (around.store.cache("vm"), around.store.state("vm-tests"));
+    let stop = || signals::exit_code().is_some();
+    let places =
+        Around { tools: &tools, accelerator: &choice, work: &work, output: &output, stop: &stop, progress: &around.progress };
+    for firmware in &test.firmware {
+        let outcome = run::run(&test, &disk, *firmware, &places)?;
+        if let Some((index, step)) = outcome.failed() {
+            let reason = format!("step {} ({}) failed with {}", index + 1, step.title, firmware.as_str());
+            return Ok(Tested { passed: false, reason });
+        }
+    }
+    Ok(Tested { passed: true, reason: format!("{} steps passed", test.steps.len()) })
 }
 
 fn summary(outcomes: &[Outcome], wanted: usize) -> String {
