@@ -131,7 +131,7 @@ fn environments() {
             "environments: { dev: { automatic: yes } }",
             &["1:35 `automatic` must be `true` or `false`, found `yes` | write `true`, without quotes"],
         ),
-        ("environments: { dev: { from: { none: true } } }", &["1:24 `from` must be text, found a mapping"]),
+        ("environments: { dev: { from: { none: true } } }", &["1:32 unknown key `none` | known keys are `any` and `all`"]),
         ("registry: registry.example/team/shop", &[]),
         ("registry: localhost:5000/shop", &[]),
         (
