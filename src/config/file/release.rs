@@ -47,9 +47,9 @@ pub struct Environment {
 #[derive(Debug, Clone, Deserialize, JsonSchema)]
 #[serde(untagged)]
 pub enum Upstream {
-    One(String),
-    Any(Vec<String>),
     Rule(UpstreamRule),
+    Any(Vec<String>),
+    One(String),
 }
 
 /// Exactly one of `any` and `all`.
@@ -311,8 +311,8 @@ pub struct Person {
 #[derive(Debug, Clone, Deserialize, JsonSchema)]
 #[serde(untagged)]
 pub enum Ledger {
-    Remote(String),
     Settings(LedgerSettings),
+    Remote(String),
 }
 
 #[derive(Debug, Clone, Default, Deserialize, JsonSchema)]

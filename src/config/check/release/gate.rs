@@ -107,6 +107,7 @@ impl Checker<'_> {
         let duration = Seconds(duration.map_or(0, |duration| duration.as_secs()));
         let checked = Window { allow, deny, start: window.start, duration, timezone: zone, except: window.except };
         if self.findings.len() == before
+            && duration.0 > 0
             && let Some(schedule) = self.note(&place.key("start"), checked.schedule())
             && schedule.next_open(schedule.zone.to_timestamp(schedule.start).unwrap_or_default()).is_none()
         {
