@@ -78,7 +78,7 @@ impl Evidence for FromStore<'_> {
         Ok(found
             .into_iter()
             .map(|found| ProvenanceSeen {
-                builder: found.builder.id,
+                builder: found.builder,
                 dirty: found.source.as_ref().is_none_or(|source| source.dirty || source.commit.is_none()),
                 source: found.source.map(|source| source.repository).unwrap_or_default(),
                 key: found.signed_by.as_ref().and_then(key),

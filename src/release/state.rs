@@ -145,12 +145,12 @@ pub struct View<'l> {
     pub frozen: &'l Frozen,
 }
 
-impl View<'_> {
+impl<'l> View<'l> {
     /// The state of `environment`.
     ///
     /// # Errors
     /// There is no such environment.
-    pub fn state(&self, environment: &str) -> Result<&State, Refused> {
+    pub fn state(&self, environment: &str) -> Result<&'l State, Refused> {
         self.policy.environment(environment)?;
         self.states.get(environment).ok_or_else(|| {
             Refused::new(Why::NoEnvironment, format!("the ledger has no state of `{}/{environment}`", self.policy.pipeline))
