@@ -189,6 +189,8 @@ fn two_ledgers_share_one() {
         let more = count_on(&b, "shop/prod.json", "bob");
         let unpublished = Synced::Unpublished { theirs: Some(third), ours: more };
         assert_eq!((b.sync(remote).unwrap(), shared.tip()), (unpublished, Some(third)));
+        let error = try_there(&b, remote, "bob").unwrap_err();
+        assert!(matches!(error, RemoteError::Unpublished { theirs, ours, .. } if (theirs, ours) == (third, more)), "{error:?}");
         assert_eq!(b.between(Some(third), more, 9).unwrap().iter().map(|commit| commit.id).collect::<Vec<_>>(), [offline, more]);
         b.publish(remote, Some(third)).unwrap();
         assert_eq!((shared.tip(), a.sync(remote).unwrap()), (Some(more), Synced::Forwarded { from: Some(third), to: more }));

@@ -63,6 +63,9 @@ pub enum RemoteError {
     /// There are decisions here and there that do not know of each other; `base` is the last one in common.
     #[error("the ledger here, at {ours}, and the one at `{url}`, at {theirs}, have decided apart from each other since {}", shown(*.base))]
     Diverged { url: String, base: Option<Oid>, ours: Oid, theirs: Oid },
+    /// There are older decisions here that are not there yet: [`Ledger::publish`] comes first.
+    #[error("there are decisions here, up to {ours}, that are not at `{url}` yet, which is at {theirs}")]
+    Unpublished { url: String, theirs: Oid, ours: Oid },
     /// The server said that it took the decision, and shows another tip.
     #[error("`{url}` says that it took the decision {ours}, but its branch is at {}", shown(*.tip))]
     Unbelievable { url: String, ours: Oid, tip: Option<Oid> },
@@ -101,6 +104,7 @@ impl RemoteError {
                 ),
             ),
             Self::Diverged { .. } => (Kind::Failed, "decide again what was decided here: the decisions there stand".into()),
+            Self::Unpublished { .. } => (Kind::Transient, "publish them first; nothing was decided now".into()),
             Self::Unbelievable { .. } => (Kind::Failed, "ask who runs that server; nothing was decided here".into()),
         };
         Problem::new(kind, self.to_string()).hint(hint).into()
@@ -378,6 +382,7 @@ impl Ledger {
             });
         };
         match expected {
+            Some(ours) if tip != ours && self.descends(ours, tip)? => Ok(RemoteError::Unpublished { url, theirs: tip, ours }),
             Some(expected) if !self.descends(tip, expected)? => {
                 // Decisions that they never had are not theirs to rewrite.
                 let base = self.repository.get().merge_base(expected, tip).ok();
@@ -454,6 +459,7 @@ mod tests {
             (RemoteError::Unreachable { url: url.clone(), words: "timed out".into() }, 75),
             (RemoteError::Rewritten { url: url.clone(), seen: id, tip: None }, 1),
             (RemoteError::Diverged { url: url.clone(), base: None, ours: id, theirs: id }, 1),
+            (RemoteError::Unpublished { url: url.clone(), theirs: id, ours: id }, 75),
             (RemoteError::Unbelievable { url, ours: id, tip: None }, 1),
             (RemoteError::Other(Problem::usage("x").hint("y").into()), 2),
         ];
