@@ -25,10 +25,11 @@ pub(super) fn find(tree: &Tree, paths: &[(Vec<u8>, NodeId)], found: &mut Found) 
             if let Some(metadata) = text(tree, path, *id, found)? {
                 found.packages.extend(of_python(&metadata, &shown(path)));
             }
-        } else if *last == b"package.json" && is_module(above) {
-            if let Some(json) = text(tree, path, *id, found)? {
-                found.packages.extend(of_node(&json, &shown(path)));
-            }
+        } else if *last == b"package.json"
+            && is_module(above)
+            && let Some(json) = text(tree, path, *id, found)?
+        {
+            found.packages.extend(of_node(&json, &shown(path)));
         }
     }
     Ok(())
