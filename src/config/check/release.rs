@@ -105,6 +105,8 @@ impl Checker<'_> {
             None => return Upstream::None,
             Some(file::Upstream::One(one)) => (vec![one], false, place.clone()),
             Some(file::Upstream::Any(list)) => (list, false, place.clone()),
+            // serde takes an empty list for a mapping with nothing in it.
+            Some(file::Upstream::Rule(_)) if is_list(place) => (Vec::new(), false, place.clone()),
             Some(file::Upstream::Rule(rule)) => match self.exactly_one(place, "`from`", &["any", "all"]) {
                 Some("all") => (rule.all, true, place.key("all")),
                 _ => (rule.any, false, place.key("any")),
@@ -272,6 +274,10 @@ impl Checker<'_> {
             self.findings.add(place, format!("`{text}` does not name a registry"), hint);
         }
     }
+}
+
+fn is_list(place: &Place<'_>) -> bool {
+    matches!(place.node().map(|node| &node.content), Some(Content::Sequence(_)))
 }
 
 /// Keys of a mapping that have no value.
