@@ -21,7 +21,6 @@ const SIGNING_KEY: &str = "PIPELINE_SIGNING_KEY";
 const REMOTE: &str = "PIPELINE_LEDGER";
 
 /// Everything a decision needs, opened.
-#[expect(missing_debug_implementations, reason = "parts of it have none")]
 pub struct Office {
     pub around: ui::Surroundings,
     pub ledger: Ledger,
@@ -106,9 +105,11 @@ impl Office {
     pub fn pipeline(&self, given: Option<&str>) -> Result<String> {
         match given {
             Some(name) => Ok(name.into()),
-            None => self.here.as_ref().map(|here| here.name.to_string()).ok_or_else(|| {
-                Problem::usage("which pipeline?").hint("write PIPELINE/ENVIRONMENT, or `-p PIPELINE`").into()
-            }),
+            None => self
+                .here
+                .as_ref()
+                .map(|here| here.name.to_string())
+                .ok_or_else(|| Problem::usage("which pipeline?").hint("write PIPELINE/ENVIRONMENT, or `-p PIPELINE`").into()),
         }
     }
 
@@ -120,7 +121,9 @@ impl Office {
     pub fn say_unchecked(&self, has_people: bool) {
         if !has_people {
             let name = &self.name;
-            self.around.progress.note(format!("deciding as `{name}`, as Git says; `people:` in the pipeline file makes keys count"));
+            self.around
+                .progress
+                .note(format!("deciding as `{name}`, as Git says; `people:` in the pipeline file makes keys count"));
         }
     }
 }

@@ -218,7 +218,13 @@ pub fn config(global: &Global, verb: ConfigVerb) -> Result<u8> {
         }
         changes.insert(key.to_owned(), value);
     }
-    configure(global, &environment, pipeline.as_deref(), &Action::Configure { values: changes, secrets: BTreeMap::new() }, &reasons)
+    configure(
+        global,
+        &environment,
+        pipeline.as_deref(),
+        &Action::Configure { values: changes, secrets: BTreeMap::new() },
+        &reasons,
+    )
 }
 
 pub fn secret(global: &Global, verb: SecretVerb) -> Result<u8> {

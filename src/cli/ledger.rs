@@ -79,8 +79,16 @@ pub fn keys(global: &Global, verb: KeysVerb) -> Result<u8> {
     let (private, public) = keys::write_pair(&output, &name, &key, password.as_deref()).context("cannot write the keys")?;
     let value = json!({"schema": 1, "private": private, "public": public, "fingerprint": key.public().fingerprint().to_string(), "encrypted": password.is_some()});
     ui::answer(global, &value, || {
-        let how = if password.is_some() { format!("encrypted with {PASSWORD}") } else { format!("not encrypted; {PASSWORD} would do that") };
-        format!("{}: keep it secret; {how}\n{}: for `signed: {{ keys: […] }}` and `cosign verify --key`\n", private.display(), public.display())
+        let how = if password.is_some() {
+            format!("encrypted with {PASSWORD}")
+        } else {
+            format!("not encrypted; {PASSWORD} would do that")
+        };
+        format!(
+            "{}: keep it secret; {how}\n{}: for `signed: {{ keys: […] }}` and `cosign verify --key`\n",
+            private.display(),
+            public.display()
+        )
     })?;
     Ok(0)
 }

@@ -62,7 +62,8 @@ pub fn make(global: &Global, around: &ui::Surroundings, pipeline: &Pipeline, bui
         None => describe(pipeline)?,
     };
     let key = args.key.as_ref().map(|file| {
-        let password = || Ok(around.host.variables.get(super::ledger::PASSWORD).map(|it| it.as_bytes().to_vec()).unwrap_or_default());
+        let password =
+            || Ok(around.host.variables.get(super::ledger::PASSWORD).map(|it| it.as_bytes().to_vec()).unwrap_or_default());
         PrivateKey::load(file, password)
     });
     let key = key.transpose()?;
@@ -152,7 +153,8 @@ fn materials(around: &ui::Surroundings, pipeline: &Pipeline, built: &Built) -> R
 /// `git describe --tags --always --dirty` of the source's repository.
 fn describe(pipeline: &Pipeline) -> Result<String> {
     let repository = git2::Repository::discover(&pipeline.dir).map_err(|_| {
-        Problem::usage("a release needs a version, and the pipeline is in no Git repository").hint("write it with `--release-version`")
+        Problem::usage("a release needs a version, and the pipeline is in no Git repository")
+            .hint("write it with `--release-version`")
     })?;
     let mut options = git2::DescribeOptions::new();
     options.describe_tags().show_commit_oid_as_fallback(true);
@@ -209,7 +211,9 @@ pub fn differences(around: &ui::Surroundings, from: &Pair, to: &Pair) -> Result<
         let read = |pair: &Pair| release::read(&around.store, &pair.release).ok();
         if let (Some(one), Some(other)) = (read(from), read(to)) {
             if one.revision != other.revision {
-                let shown = |revision: &Option<String>| revision.as_ref().map_or("unknown".to_owned(), |it| it.chars().take(12).collect());
+                let shown = |revision: &Option<String>| {
+                    revision.as_ref().map_or("unknown".to_owned(), |it| it.chars().take(12).collect())
+                };
                 lines.push(format!("commit {} → {}", shown(&one.revision), shown(&other.revision)));
             }
         }

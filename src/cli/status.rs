@@ -106,7 +106,11 @@ pub fn status(global: &Global, args: StatusArgs) -> Result<u8> {
     let names = snapshot.pipelines()?;
     if let Some(wanted) = pipeline.as_ref().filter(|wanted| !names.contains(wanted)) {
         return Err(Problem::usage(format!("the ledger has no pipeline `{wanted}`"))
-            .hint(if names.is_empty() { "`pipeline environment apply` brings one into it".into() } else { format!("there are `{}`", names.join("`, `")) })
+            .hint(if names.is_empty() {
+                "`pipeline environment apply` brings one into it".into()
+            } else {
+                format!("there are `{}`", names.join("`, `"))
+            })
             .into());
     }
     for name in names.into_iter().filter(|name| pipeline.as_ref().is_none_or(|wanted| wanted == name)) {
@@ -240,7 +244,8 @@ pub fn history(global: &Global, args: HistoryArgs) -> Result<u8> {
         let decision = &state.decision;
         let what = decision.version.clone().or_else(|| decision.to.map(|release| release.short())).unwrap_or_default();
         let now = state.current.as_ref().map_or("nothing".to_owned(), |binding| binding.version.clone());
-        let loud = if decision.overrides.is_empty() { String::new() } else { format!("OVERRIDING {} ", decision.overrides.join(", ")) };
+        let loud =
+            if decision.overrides.is_empty() { String::new() } else { format!("OVERRIDING {} ", decision.overrides.join(", ")) };
         let row = [
             decision.time.to_string(),
             format!("{} {what}", decision.kind).trim_end().to_owned(),
@@ -279,7 +284,9 @@ pub fn diff(global: &Global, args: DiffArgs) -> Result<u8> {
         if from == to {
             return text + "the same release with the same configuration\n";
         }
-        differences.iter().for_each(|line| drop(writeln!(text, "  {line}")));
+        for line in &differences {
+            let _ = writeln!(text, "  {line}");
+        }
         if let Some(size) = size {
             let _ = writeln!(text, "  {} of blobs, {} packages", report::bytes(size.bytes), size.packages);
         }
@@ -298,7 +305,12 @@ pub fn log(global: &Global, args: LogArgs) -> Result<u8> {
         if !is("Actor", &args.actor) || !is("Pipeline", &args.pipeline) || !is("Decision", &args.kind) {
             continue;
         }
-        rows.push(vec![commit.time.to_string(), commit.author.name.clone(), commit.subject.clone(), commit.body.replace('\n', " ")]);
+        rows.push(vec![
+            commit.time.to_string(),
+            commit.author.name.clone(),
+            commit.subject.clone(),
+            commit.body.replace('\n', " "),
+        ]);
         let trailers: Vec<_> = commit.trailers.iter().map(|(key, value)| json!({"key": key, "value": value})).collect();
         values.push(json!({
             "commit": commit.id.to_string(),
@@ -316,4 +328,3 @@ pub fn log(global: &Global, args: LogArgs) -> Result<u8> {
     ui::answer(global, &json!({"schema": 1, "log": values}), || report::table(&rows))?;
     Ok(0)
 }
-

@@ -116,8 +116,8 @@ pub fn run(global: &Global, args: Args) -> Result<u8> {
 /// Boots the disk with this manifest and runs the test of a gate in it, with each firmware it names.
 pub fn boot_for_gate(around: &ui::Surroundings, digest: &Digest, gate: &VmTestFile) -> Result<Tested> {
     let file = PathBuf::from(&gate.file);
-    let test = crate::vm::test::parse(&file, &gate.text)
-        .map_err(|found| Problem::failed(diagnostic::render(&found, &around.cwd)))?;
+    let test =
+        crate::vm::test::parse(&file, &gate.text).map_err(|found| Problem::failed(diagnostic::render(&found, &around.cwd)))?;
     let tools = Tools::find(&around.host.path)?;
     let disk = crate::artifact::disk::read(&around.store, digest)?.context("the release's disk is no disk")?;
     let apps = disk.config.apps.clone();

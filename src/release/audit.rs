@@ -112,17 +112,17 @@ fn state(
         return Ok(Some(format!("it takes the state of `{pipeline}/{environment}` away")));
     };
     let now = State::parse(&bytes)?;
-    if let Some(wrong) = says(commit, &now.decision, &message::of_state(&now)) {
+    let Some(old) = then.states.get(environment) else {
+        return Ok(Some(format!("`{}` was not there before", now.name())));
+    };
+    if let Some(wrong) = says(commit, &now.decision, &message::of_state(old, &now)) {
         return Ok(Some(wrong));
     }
-    Ok(replay(commit, &then, &now))
+    Ok(replay(commit, &then, old, &now))
 }
 
 /// Makes the decision again.
-fn replay(commit: &Commit, then: &Loaded, now: &State) -> Option<String> {
-    let Some(old) = then.states.get(&now.environment) else {
-        return Some(format!("`{}` was not there before", now.name()));
-    };
+fn replay(commit: &Commit, then: &Loaded, old: &State, now: &State) -> Option<String> {
     let signed = signed(commit, &then.policy, &now.decision.actor);
     let inputs = Inputs { view: then.view(), signed, previous: now.previous.as_deref() };
     match old.after(&now.decision, inputs) {
@@ -160,4 +160,3 @@ fn frozen(commit: &Commit, before: Option<&Snapshot>, after: &Snapshot) -> Resul
         Ok(_) => None,
     })
 }
-

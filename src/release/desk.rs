@@ -14,11 +14,11 @@ use super::decision::{Decision, Frozen, Kind, Refused, Status};
 use super::gate::Evidence;
 use super::ledger::place::{FROZEN_FILE, Place};
 use super::ledger::{Appended, Author, Change, Ledger, Oid, Remote, RemoteError, Snapshot, Synced};
+use super::message;
 use super::policy::{self, Difference, Policy};
 use super::promotion::{self, Action, Candidate, Plan, Request};
 use super::sshsig::{self, Signer};
 use super::state::{Inputs, State, View};
-use super::message;
 use crate::error::Problem;
 use crate::oci::digest::Digest;
 use crate::progress::Progress;
@@ -154,7 +154,8 @@ impl Desk<'_> {
             let empty = Policy { environments: BTreeMap::new(), people: BTreeMap::new(), registry: None, ..wanted.clone() };
             applied.first = before.is_none();
             applied.differences = policy::difference(before.as_ref().map_or(&empty, |before| &before.policy), wanted);
-            let after = wanted.clone().after(before.as_ref().map(|before| &before.policy), &decision, signed).map_err(Problem::from)?;
+            let after =
+                wanted.clone().after(before.as_ref().map(|before| &before.policy), &decision, signed).map_err(Problem::from)?;
             if dry_run {
                 return Ok(None);
             }
@@ -317,7 +318,7 @@ impl Desk<'_> {
         let after = state.after(decision, inputs).map_err(Problem::from)?;
         let draft = Draft {
             writes: vec![(path, Some(after.bytes()))],
-            message: message::of_state(&after),
+            message: message::of_state(state, &after),
             time: decision.time,
             offline: decision.kind == Kind::Rollback,
         };
@@ -341,7 +342,8 @@ impl Desk<'_> {
                 (Appended::Lost(tip), _) => winner = Some(self.ledger.commit(tip)?),
             }
         }
-        let by = winner.map_or_else(String::new, |commit| format!(", the last time by {} ({})", commit.author.name, commit.subject));
+        let by =
+            winner.map_or_else(String::new, |commit| format!(", the last time by {} ({})", commit.author.name, commit.subject));
         Err(Problem::transient(format!("somebody else was faster {ROUNDS} times{by}")).hint("run it again").into())
     }
 
@@ -416,7 +418,8 @@ pub fn known_release(loaded: &Loaded, environment: &str, wanted: &str) -> Option
     let states = names.iter().chain([&environment.to_owned()]).filter_map(|name| loaded.states.get(name)).collect::<Vec<_>>();
     let hex = wanted.strip_prefix("sha256:").unwrap_or(wanted);
     let by_digest = |release: &Digest| hex.len() >= 8 && release.hex().starts_with(hex);
-    let found = states.iter().flat_map(|state| state.bindings()).find(|known| known.version == wanted || by_digest(&known.release));
+    let found =
+        states.iter().flat_map(|state| state.bindings()).find(|known| known.version == wanted || by_digest(&known.release));
     found.map(|known| Candidate { release: known.release, version: known.version.clone(), author: known.author.clone() })
 }
 

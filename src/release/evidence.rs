@@ -8,7 +8,7 @@ use anyhow::{Context as _, Result, bail};
 use super::gate::{self, Difference, Ended, Evidence, Package, ProvenanceSeen, ReportSeen, SignatureSeen, Tested};
 use crate::artifact::keys::PublicKey;
 use crate::artifact::referrer::{self, Kind as Attachment};
-use crate::artifact::sbom::{self, Inventory};
+use crate::artifact::sbom::{self, Inventory, licences};
 use crate::artifact::sign::{self, Verdict};
 use crate::artifact::store::Store;
 use crate::artifact::{provenance, release};
@@ -46,8 +46,9 @@ impl FromStore<'_> {
     }
 
     fn inventory(&self, digest: &Digest) -> Result<Inventory> {
-        sbom::of_release(self.store, digest)?
-            .with_context(|| Problem::failed(format!("release {} has no list of packages for each of its artifacts", digest.short())))
+        sbom::of_release(self.store, digest)?.with_context(|| {
+            Problem::failed(format!("release {} has no list of packages for each of its artifacts", digest.short()))
+        })
     }
 }
 
@@ -74,7 +75,8 @@ impl Evidence for FromStore<'_> {
     fn provenance(&self, release: &Digest, keys: &[String]) -> Result<Vec<ProvenanceSeen>> {
         let known = Self::keys(keys)?;
         let found = provenance::read(self.store, release, &known)?;
-        let key = |fingerprint: &_| known.iter().position(|key| key.fingerprint() == *fingerprint).map(|index| keys[index].clone());
+        let key =
+            |fingerprint: &_| known.iter().position(|key| key.fingerprint() == *fingerprint).map(|index| keys[index].clone());
         Ok(found
             .into_iter()
             .map(|found| ProvenanceSeen {
@@ -88,18 +90,13 @@ impl Evidence for FromStore<'_> {
     }
 
     fn sbom(&self, release: &Digest) -> Result<Vec<Package>> {
-        let licences = |licence: Option<String>| -> Vec<String> {
-            let text = licence.unwrap_or_default();
-            let words = text.split(|c: char| c.is_whitespace() || matches!(c, '(' | ')'));
-            words.filter(|word| !word.is_empty() && !matches!(*word, "AND" | "OR" | "WITH")).map(str::to_owned).collect()
-        };
         let packages = self.inventory(release)?.packages.into_iter();
         Ok(packages
             .map(|package| Package {
                 kind: package.kind.to_string(),
                 name: package.name,
                 version: package.version,
-                licences: licences(package.licence),
+                licences: package.licence.as_deref().map(licences::names).unwrap_or_default(),
             })
             .collect())
     }

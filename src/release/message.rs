@@ -5,8 +5,8 @@
 use super::decision::{Decision, Kind, Verdict};
 use super::state::State;
 
-/// The message of the decision that made `after`.
-pub fn of_state(after: &State) -> String {
+/// The message of the decision that made `after` of `before`.
+pub fn of_state(before: &State, after: &State) -> String {
     let decision = &after.decision;
     let what = match (decision.kind, &decision.version, &decision.to) {
         (Kind::Configure, _, None) => "configure, waiting for a promotion".to_owned(),
@@ -15,8 +15,14 @@ pub fn of_state(after: &State) -> String {
         (kind, _, None) => kind.to_string(),
     };
     let mut lines = trailers(decision, &after.pipeline, &after.environment);
+    let binding = |state: &State| state.current.as_ref().map_or_else(none, |binding| binding.release.to_string());
     let config = after.current.as_ref().map(|binding| binding.config.digest());
+    lines.push(("From", binding(before)));
+    lines.push(("To", binding(after)));
     lines.push(("Config", config.map_or_else(none, |digest| digest.to_string())));
+    if let Some(release) = decision.to {
+        lines.push(("Release", release.to_string()));
+    }
     whole(&format!("{}: {what}", after.name()), decision, lines)
 }
 
@@ -35,14 +41,11 @@ fn none() -> String {
 }
 
 fn trailers(decision: &Decision, pipeline: &str, environment: &str) -> Vec<(&'static str, String)> {
-    let release = |digest: &Option<crate::oci::digest::Digest>| digest.map_or_else(none, |digest| digest.to_string());
     vec![
         ("Decision", decision.kind.to_string()),
         ("Pipeline", pipeline.to_owned()),
         ("Environment", environment.to_owned()),
         ("Actor", one_line(&decision.actor)),
-        ("From", release(&decision.from)),
-        ("To", release(&decision.to)),
     ]
 }
 
@@ -56,7 +59,8 @@ fn whole(subject: &str, decision: &Decision, mut lines: Vec<(&'static str, Strin
         lines.push(("Automatic", "yes".to_owned()));
     }
     lines.push(("Time", decision.time.to_string()));
-    let loud = if decision.overrides.is_empty() { String::new() } else { format!(" OVERRIDING {}", decision.overrides.join(", ")) };
+    let loud =
+        if decision.overrides.is_empty() { String::new() } else { format!(" OVERRIDING {}", decision.overrides.join(", ")) };
     let reason = reason(&decision.reason);
     let gap = if reason.is_empty() { String::new() } else { format!("{reason}\n\n") };
     let trailers: String = lines.into_iter().map(|(key, value)| format!("{key}: {value}\n")).collect();
