@@ -3,6 +3,7 @@
 pub mod archive;
 pub mod disk;
 pub mod image;
+pub mod remote;
 pub mod store;
 
 /// What an artifact is: `image`, `host`, `disk`, or the type its manifest names (DESIGN, section 7,

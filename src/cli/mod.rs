@@ -17,6 +17,7 @@ mod init;
 mod meta;
 mod plan;
 mod progress;
+mod registry;
 mod report;
 mod run;
 mod signals;

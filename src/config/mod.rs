@@ -10,6 +10,7 @@ pub mod diagnostic;
 pub mod embedded;
 pub mod file;
 mod find;
+pub mod registries;
 pub mod shape;
 pub mod syntax;
 pub mod types;

@@ -38,8 +38,8 @@ use anyhow::Result;
 use self::complete::Complete;
 pub use self::complete::{Attached, Fetched, Reach};
 use self::connection::{Peer, Rights, Settings};
-use self::manifest::{Document, Image};
 pub use self::manifest::{Descriptor, Entry, Platform};
+use self::manifest::{Document, Image};
 use self::push::Shipment;
 pub use self::push::{Blobs, Pushed, TagSet};
 pub use self::reference::Reference;
@@ -277,8 +277,7 @@ impl Registry {
         }
         let session = self.writing(to, mount_from)?;
         let meter = Meter::new(progress, to, "sent", tree);
-        let shipment =
-            Shipment { source, root, tree, attached, part_limit: self.part_limit, arrived: &|bytes| meter.add(bytes) };
+        let shipment = Shipment { source, root, tree, attached, part_limit: self.part_limit, arrived: &|bytes| meter.add(bytes) };
         shipment.put(&session, to, to.tag())
     }
 
@@ -294,7 +293,9 @@ impl Registry {
     pub fn tags(&self, reference: &Reference) -> Result<Vec<String>> {
         let session = self.reading(reference)?;
         let tags = session.call(async |wire| wire.tags().await);
-        tags.map_err(|trouble| session.teller.problem(&format!("{}/{}", reference.registry(), reference.repository()), &trouble).into())
+        tags.map_err(|trouble| {
+            session.teller.problem(&format!("{}/{}", reference.registry(), reference.repository()), &trouble).into()
+        })
     }
 
     /// Points `tag` at what `target` stands for, in the same repository. Moves no blob.

@@ -265,8 +265,7 @@ impl Connection {
         let Trouble::Status { code: 401, said, .. } = trouble else { return false };
         let challenges = if said.challenges.is_empty() { &self.access.challenges } else { &said.challenges };
         let scopes = self.peer.scopes();
-        let ask =
-            token::Ask { http: &self.http, way: self.access.way, scopes: &scopes, credential: &self.peer.found.credential };
+        let ask = token::Ask { http: &self.http, way: self.access.way, scopes: &scopes, credential: &self.peer.found.credential };
         match self.runtime.block_on(ask.answer(challenges)) {
             Ok(auth) if auth != self.access.auth => {
                 self.access.auth = auth;

@@ -144,9 +144,10 @@ impl Shipment<'_> {
             put += 1;
             match answer.digest {
                 Some(other) if other != item.digest => {
-                    let problem =
-                        Problem::failed(format!("registry `{}` keeps `{name}` as `{other}`", session.peer.registry));
-                    return Err(problem.hint("it changes manifests, so their digests are of no use there; use another registry").into());
+                    let problem = Problem::failed(format!("registry `{}` keeps `{name}` as `{other}`", session.peer.registry));
+                    return Err(problem
+                        .hint("it changes manifests, so their digests are of no use there; use another registry")
+                        .into());
                 }
                 _ => {}
             }
@@ -188,19 +189,25 @@ pub(super) fn set_tag(session: &Session, to: &Reference, item: &Item, tag: &str)
                 Some(before) => format!("it stands for {before} now, and tags may be fixed there"),
                 None => "the account may not set this one, or tags of this form are not taken there".into(),
             };
-            return Err(Problem::failed(format!("registry `{registry}` refused the tag `{tag}` of `{}`: {trouble}", to.repository()))
-                .hint(why)
-                .hint(format!("the content is there as `{by_digest}`; choose another tag, or use the digest"))
-                .into());
+            return Err(Problem::failed(format!(
+                "registry `{registry}` refused the tag `{tag}` of `{}`: {trouble}",
+                to.repository()
+            ))
+            .hint(why)
+            .hint(format!("the content is there as `{by_digest}`; choose another tag, or use the digest"))
+            .into());
         }
     }
     match session.call(async |wire| wire.head(tag).await).map_err(tell)? {
         Some(now) if now == item.digest => Ok(set),
         now => {
             let now = now.map_or_else(|| "nothing".into(), |now| now.to_string());
-            Err(Problem::failed(format!("registry `{registry}` said that it set the tag `{tag}` of `{}`, which stands for {now}", to.repository()))
-                .hint("somebody else may have set it in the same moment; look, and push again")
-                .into())
+            Err(Problem::failed(format!(
+                "registry `{registry}` said that it set the tag `{tag}` of `{}`, which stands for {now}",
+                to.repository()
+            ))
+            .hint("somebody else may have set it in the same moment; look, and push again")
+            .into())
         }
     }
 }

@@ -150,7 +150,11 @@ impl Read for BlobReader {
             }
             if self.received == self.blob.size {
                 // An empty blob has a digest too.
-                return if self.hasher.is_some() { self.check(&[]).map_err(|trouble| self.fail(trouble)).map(|()| 0) } else { Ok(0) };
+                return if self.hasher.is_some() {
+                    self.check(&[]).map_err(|trouble| self.fail(trouble)).map(|()| 0)
+                } else {
+                    Ok(0)
+                };
             }
             if self.stop.load(Ordering::Relaxed) {
                 return Err(io::Error::other("another layer could not be pulled"));

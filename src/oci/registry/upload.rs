@@ -22,7 +22,7 @@ use super::trouble::Trouble;
 use super::wire::{Part, Started, Upload, Wire, good};
 use super::{BlobSource, Content, Descriptor};
 use crate::error::Problem;
-use crate::oci::digest::{Digest, Hasher};
+use crate::oci::digest::Hasher;
 
 /// Blobs up to this size go in one request after the one that begins the upload; larger ones in two,
 /// since registries keep what came of a `PATCH` that broke, and seldom what came of a `PUT`.
@@ -200,7 +200,8 @@ impl Sending<'_> {
         let digested = lock(digested);
         let actual = digested.hasher.clone().finish();
         if digested.bytes == self.blob.size && actual != self.blob.digest {
-            let problem = Problem::failed(format!("blob `{}` is corrupt: its bytes have the digest `{actual}`", self.blob.digest));
+            let problem =
+                Problem::failed(format!("blob `{}` is corrupt: its bytes have the digest `{actual}`", self.blob.digest));
             return Err(problem.hint("nothing was tagged; build or pull it again, and push then").into());
         }
         Ok(())
@@ -340,6 +341,7 @@ fn lock(digested: &Mutex<Digested>) -> std::sync::MutexGuard<'_, Digested> {
 #[cfg(test)]
 mod tests {
     use super::*;
+    use crate::oci::digest::Digest;
 
     #[test]
     fn bytes_that_are_sent_again_are_digested_once() {
