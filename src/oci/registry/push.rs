@@ -73,7 +73,9 @@ impl Shipment<'_> {
         let blobs = self.blobs(session)?;
         let documents = self.documents(session)?;
         for (name, attached) in self.attached.iter().filter_map(|attached| Some((attached.tag.as_deref()?, attached))) {
-            set_tag(session, to, self.item(&attached.manifest.digest)?, name)?;
+            let item = self.item(&attached.manifest.digest)?;
+            nothing_lost(session, to, item, name)?;
+            set_tag(session, to, item, name)?;
         }
         let root = self.item(&self.root)?;
         let tag = tag.map(|tag| set_tag(session, to, root, tag)).transpose()?;
@@ -166,6 +168,27 @@ fn refused(problem: Problem, trouble: &Trouble, media_type: &str) -> Problem {
     } else {
         problem
     }
+}
+
+/// Cosign keeps all signatures of a manifest under one tag: others may have put theirs there.
+fn nothing_lost(session: &Session, to: &Reference, item: &Item, tag: &str) -> Result<()> {
+    let there = match session.call(async |wire| wire.document(tag).await) {
+        Ok((bytes, _)) => Item::parse(item.digest, bytes)?,
+        Err(trouble) if trouble.status() == Some(404) => return Ok(()),
+        Err(trouble) => return Err(session.teller.problem(&to.with_tag(tag)?.to_string(), &trouble).into()),
+    };
+    // The configuration is the first; it lists the others.
+    let layers = |item: &Item| -> Vec<Digest> { item.document.names.blobs.iter().skip(1).map(|blob| blob.digest).collect() };
+    let ours = layers(item);
+    if layers(&there).iter().all(|layer| ours.contains(layer)) {
+        return Ok(());
+    }
+    let registry = &session.peer.registry;
+    Err(Problem::failed(format!(
+        "`{tag}` in registry `{registry}` holds signatures that the one to be pushed does not, and they would be lost"
+    ))
+    .hint(format!("take away the store's with `pipeline artifact untag {tag}`, pull the artifact, sign it again, then push"))
+    .into())
 }
 
 /// Points `tag` at `item`, which is in the repository, and reads it back.
