@@ -397,6 +397,24 @@ fn an_upload_the_registry_forgot_begins_anew() {
     assert_eq!(counts(&pushed.unwrap()), (4, 0, 0));
     assert_eq!(server.asked(|asked| asked.method == "POST").len(), 5);
     assert_eq!(server.state.lock().unwrap().manifests["team/app/1"].1, layout.manifest);
+
+    // It ran out between two parts; always: then that is told.
+    for (times, good) in [(1, true), (usize::MAX, false)] {
+        let dir = tempfile::tempdir().unwrap();
+        let (store, layout) = filled(dir.path());
+        let mut left = times;
+        let server = Faulty::start(true, move |asked: &Asked| {
+            let second = asked.method == "PATCH" && asked.headers["content-range"].starts_with("300000-");
+            (second && left > 0).then(|| {
+                left -= 1;
+                Fault::Answer(404, "", "")
+            })
+        });
+        let options = RegistryOptions { part_limit: Some(300_000), ..RegistryOptions::default() };
+        let pushed = push_with(&store, &layout.manifest, server.port, "app:1", &options, None);
+        assert_eq!(pushed.is_ok(), good);
+        assert_eq!(server.asked(|asked| asked.method == "POST").len(), if good { 5 } else { 6 });
+    }
 }
 
 #[test]

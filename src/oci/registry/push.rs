@@ -6,7 +6,7 @@
 //! the next push does not send it again.
 
 use std::sync::atomic::AtomicBool;
-use std::sync::{Mutex, PoisonError};
+use std::sync::{Arc, Mutex, PoisonError};
 
 use anyhow::Result;
 use serde::Serialize;
@@ -96,12 +96,14 @@ impl Shipment<'_> {
 
     fn blobs(&self, session: &Session) -> Result<Blobs> {
         let counted = Mutex::new(Blobs::default());
-        in_parallel(&self.tree.blobs, &|| session.another(), &AtomicBool::new(false), &|mut connection, blob| {
+        let stop = Arc::new(AtomicBool::new(false));
+        in_parallel(&self.tree.blobs, &|| session.another(), &stop, &|mut connection, blob| {
             let sending = Sending {
                 connection: &mut connection,
                 source: self.source,
                 blob,
                 part_limit: self.part_limit,
+                stop: &stop,
                 arrived: self.arrived,
             };
             let arrived = sending.run().map_err(|failure| self.failed(session, blob, failure))?;

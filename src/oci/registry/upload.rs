@@ -11,7 +11,7 @@
 
 use std::cell::Cell;
 use std::io::Read;
-use std::sync::atomic::{AtomicU64, Ordering};
+use std::sync::atomic::{AtomicBool, AtomicU64, Ordering};
 use std::sync::{Arc, Mutex, PoisonError};
 use std::time::Duration;
 
@@ -29,6 +29,8 @@ use crate::oci::digest::Hasher;
 const ONE_REQUEST_BYTES: u64 = 4 << 20;
 /// Parts for a registry, or a proxy before it, that answers 413 to larger ones (nginx takes 1 MiB unless it is told otherwise).
 const SMALL_PART: u64 = 1 << 20;
+/// Uploads of one blob that are begun when the registry forgets them one after the other.
+const BEGINNINGS: usize = 3;
 /// Bytes handed to the socket at a time.
 const BUFFER: usize = 128 << 10;
 /// Silence while bytes are left to send.
@@ -74,6 +76,8 @@ pub(super) struct Sending<'a> {
     pub blob: &'a Descriptor,
     /// Most bytes of one request; `None` for no limit.
     pub part_limit: Option<u64>,
+    /// Set when another blob could not be sent.
+    pub stop: &'a Arc<AtomicBool>,
     /// Told how many more bytes are on their way.
     pub arrived: &'a (dyn Fn(u64) + Sync),
 }
@@ -85,7 +89,7 @@ impl Sending<'_> {
         if self.connection.call(async |wire| wire.has_blob(&digest).await)? {
             return Ok(Arrived::Already);
         }
-        let (mut failures, mut renewed, mut best) = (0, false, 0);
+        let (mut failures, mut begun, mut renewed, mut best) = (0, 1, false, 0);
         let mut upload: Option<Upload> = None;
         loop {
             let trouble = match self.attempt(&mut upload, &digested) {
@@ -95,6 +99,12 @@ impl Sending<'_> {
             };
             if let Some(error) = lock(&digested).error.take() {
                 return Err(Failure::Source(error));
+            }
+            let forgotten = upload.is_some() && matches!(trouble.status(), Some(404 | 410 | 416)) && begun < BEGINNINGS;
+            if forgotten {
+                // It ran out, or the registry sees another end of it than it said.
+                (upload, begun) = (None, begun + 1);
+                continue;
             }
             if !renewed && self.connection.renew(&trouble) {
                 renewed = true;
@@ -126,7 +136,7 @@ impl Sending<'_> {
         match self.connection.call(async |wire| wire.progress(before).await) {
             Ok(upload) => Ok(Some(upload).filter(|upload| upload.offset <= size)),
             // 400 and 416: Docker's registry cancels an upload whose end it did not see.
-            Err(Trouble::Status { code: 400 | 404 | 405 | 410 | 416, .. }) => Ok(None),
+            Err(Trouble::Status { code: 400 | 404 | 405 | 410 | 416, .. } | Trouble::Other(_)) => Ok(None),
             Err(trouble) => Err(trouble),
         }
     }
@@ -183,7 +193,8 @@ impl Sending<'_> {
             taken.store(part.length, Ordering::Relaxed);
             return Ok(Some((bytes.into(), taken)));
         }
-        let state = Flow { content, offset: part.offset, left: part.length, taken: taken.clone(), digested: digested.clone() };
+        let (digested, stop) = (digested.clone(), self.stop.clone());
+        let state = Flow { content, offset: part.offset, left: part.length, taken: taken.clone(), digested, stop };
         let stream = futures_util::stream::unfold(Some(state), |state| async {
             let mut state = state?;
             match state.next().await {
@@ -277,6 +288,7 @@ struct Flow {
     left: u64,
     taken: Arc<AtomicU64>,
     digested: Arc<Mutex<Digested>>,
+    stop: Arc<AtomicBool>,
 }
 
 impl Flow {
@@ -285,6 +297,7 @@ impl Flow {
             return Ok(None);
         }
         let read = match &mut self.content {
+            _ if self.stop.load(Ordering::Relaxed) => Err(std::io::Error::other("another blob could not be sent")),
             Content::File(reader) => {
                 let mut bytes = vec![0; BUFFER.min(usize::try_from(self.left).unwrap_or(BUFFER))];
                 reader.read(&mut bytes).map(|read| {

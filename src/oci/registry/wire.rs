@@ -200,7 +200,8 @@ impl Wire<'_> {
     pub(super) async fn progress(&self, upload: &Upload) -> Result<Upload, Trouble> {
         let response = good(in_time(self.request(Method::GET, upload.url.clone()).send()).await?).await?;
         let url = self.location(&response, &upload.url).unwrap_or_else(|_| upload.url.clone());
-        Ok(Upload { url, offset: range_end(response.headers()).unwrap_or(0) })
+        let unsaid = || Trouble::Other("it does not say how far the upload has come".into());
+        Ok(Upload { url, offset: range_end(response.headers()).ok_or_else(unsaid)? })
     }
 
     /// All tags (`end-8`), in the registry's order.
