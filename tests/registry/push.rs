@@ -268,6 +268,19 @@ fn an_index_is_pulled_whole_or_for_this_machine() {
     assert_eq!((pulled.fetched.pinned, pulled.fetched.root.digest), (index, image));
     assert!(!ours.blob(&Digest::of(&layout.arm_manifest)).exists());
 
+    // One that is for other machines only: refused, unless it is wanted as it is.
+    let mut others: serde_json::Value = serde_json::from_slice(&layout.index).unwrap();
+    others["manifests"].as_array_mut().unwrap().truncate(1);
+    let (source, _) = filled(&dir.path().join("source"));
+    let others = serde_json::to_vec(&others).unwrap();
+    source.put(&others).unwrap();
+    push(&source, &others, server.port, "team/others:1").unwrap();
+    let arm = reference(server.port, "team/others:1");
+    let error = remote::pull(&ours, &client, &arm, None, Reach::Machine, &Silent).unwrap_err();
+    assert!(error.to_string().ends_with("has no image for `linux/amd64`; it has `linux/arm64`"), "{error}");
+    let pulled = remote::pull(&ours, &client, &arm, None, Reach::All, &Silent).unwrap();
+    assert_eq!(pulled.names, [("others:1.index".to_owned(), Digest::of(&others))]);
+
     let whole = store(&dir.path().join("whole"));
     let pulled = remote::pull(&whole, &client, &multi, None, Reach::All, &Silent).unwrap();
     assert_eq!(pulled.names, [("multi:1".to_owned(), image), ("multi:1.index".to_owned(), index)]);

@@ -172,10 +172,11 @@ impl Document {
         self.is_index
     }
 
-    /// Whether this is one image for several platforms, ours among them: then the others are of no use here.
+    /// Whether this is one image for several platforms: then those of other machines are of no use here.
     pub(super) fn is_multi_platform(&self) -> bool {
         let platforms = || self.names.manifests.iter().filter_map(|entry| entry.platform.as_ref());
-        self.is_index && self.artifact_type.is_none() && platforms().any(Platform::is_ours)
+        let is_known = |platform: &Platform| !platform.os.is_empty() && platform.os != "unknown";
+        self.is_index && self.artifact_type.is_none() && platforms().any(is_known)
     }
 
     /// The entry of an index to go on with; nothing when this is a manifest.
