@@ -50,6 +50,9 @@ pub fn load(file: &Path, cwd: &Path) -> Result<Registries> {
 /// Everything that is wrong, in order of position.
 pub fn parse(file: &Path, text: &str) -> Result<Registries, Vec<Diagnostic>> {
     let tree = yaml::parse(file, text)?;
+    if tree.root.is_null() {
+        return Ok(Registries::default());
+    }
     let mut findings = Findings::new(tree.source.clone());
     let written = shape::read::<RegistriesFile>(&tree, &mut findings);
     findings.seal();
