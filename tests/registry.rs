@@ -1,6 +1,10 @@
-//! Pulls from real registries (Debian's `docker-registry`, filled by `skopeo`) and from scripted
+//! Pulls from and pushes to real registries (Debian's `docker-registry`, filled by `skopeo`) and scripted
 //! ones that behave badly on purpose. Everything listens on 127.0.0.1 and dies with its test.
 
+#[path = "registry/faulty.rs"]
+mod faulty;
+#[path = "registry/push.rs"]
+mod push;
 #[path = "registry/servers.rs"]
 mod servers;
 
@@ -175,7 +179,13 @@ fn a_login_is_taken_from_either_file_and_its_absence_is_told() {
     ] {
         let error = registry(&options).pull(&app, None, &Memory::default()).unwrap_err();
         let (code, message, shown) = told(&error);
-        assert_eq!((code, message), (1, format!("registry `{host}` did not allow to pull `{app}`: it answered with status 401")));
+        assert_eq!(
+            (code, message),
+            (
+                1,
+                format!("registry `{host}` did not allow to pull `{app}`: it answered with status 401 (authentication required)")
+            )
+        );
         assert!(
             shown.starts_with(&hint) && shown.contains(&format!("`docker login {host}` or `podman login {host}`")),
             "{shown}"

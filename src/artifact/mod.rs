@@ -8,6 +8,7 @@ pub mod keys;
 pub mod provenance;
 pub mod referrer;
 pub mod release;
+pub mod remote;
 pub mod sbom;
 pub mod sign;
 pub mod store;

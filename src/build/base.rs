@@ -14,11 +14,14 @@ use super::debian::{fetch, repository};
 use super::lock::{self, Lock, PackageChange, Request, Set};
 use super::{Build, host_tree, inside, work};
 use crate::artifact::image;
+use crate::artifact::remote::Sink;
 use crate::artifact::store::{Index, REF_NAME, Store};
+use crate::config::registries;
 use crate::config::types::{Base, BuilderRef, Configure, Debian, Pipeline};
 use crate::error::Problem;
+use crate::oci::credentials::Given;
 use crate::oci::digest::Digest;
-use crate::oci::registry::{BlobSink, Reference, Registry, RegistryOptions};
+use crate::oci::registry::{Reference, Registry, RegistryOptions};
 
 /// What `ansible-playbook` is in.
 const ANSIBLE: &str = "ansible-core";
@@ -279,9 +282,11 @@ pub fn fetch(build: &Build<'_>, reference: &str, cwd: &Path) -> Result<(String, 
     Ok((format!("{name}:{}", parsed.tag().unwrap_or("latest")), image.manifest.context("a pulled image")?))
 }
 
-/// The registry client, with the caller's credentials and proxies.
+/// The registry client, with the caller's credentials, proxies and `registries.yaml`:
+/// `$PIPELINE_REGISTRIES`, else `pipeline/registries.yaml` of the user's configuration, else of `/etc`.
 pub fn registry(build: &Build<'_>) -> Result<Registry> {
     let host = build.host;
+    let given = |name: &str| host.variables.get(name).filter(|value| !value.is_empty()).cloned();
     let variable = |name: &str| host.variables.get(name).or_else(|| host.variables.get(&name.to_uppercase())).cloned();
     let home = host.home.clone();
     let docker =
@@ -289,11 +294,18 @@ pub fn registry(build: &Build<'_>) -> Result<Registry> {
     let mut auth_files: Vec<PathBuf> = host.variables.get("REGISTRY_AUTH_FILE").map(PathBuf::from).into_iter().collect();
     auth_files.extend(host.variables.get("XDG_RUNTIME_DIR").map(|dir| Path::new(dir).join("containers/auth.json")));
     auth_files.extend(home.as_ref().map(|home| home.join(".config/containers/auth.json")));
+    let configuration = given("XDG_CONFIG_HOME").map(PathBuf::from).or_else(|| home.as_ref().map(|home| home.join(".config")));
+    let usual = configuration.into_iter().chain([PathBuf::from("/etc")]).map(|dir| dir.join("pipeline/registries.yaml"));
+    let file = given("PIPELINE_REGISTRIES").map(PathBuf::from).or_else(|| usual.into_iter().find(|file| file.is_file()));
+    let settings = file.map(|file| registries::load(&file, Path::new("/"))).transpose()?.unwrap_or_default();
     Registry::new(&RegistryOptions {
         docker_config: docker.map(|dir| dir.join("config.json")),
         auth_files,
         helper_path: host.path.clone(),
-        insecure: Vec::new(),
+        given: given_login(&given)?,
+        insecure: settings.insecure,
+        mirrors: settings.mirrors,
+        part_limit: settings.part_limit,
         ca_bundle: host.variables.get("SSL_CERT_FILE").map(PathBuf::from),
         proxy: crate::oci::registry::Proxy {
             https: variable("https_proxy"),
@@ -301,6 +313,22 @@ pub fn registry(build: &Build<'_>) -> Result<Registry> {
             exceptions: variable("no_proxy"),
         },
     })
+}
+
+/// A login out of variables, for CI. It is bound to one registry, so that no other is shown it.
+fn given_login(variable: &dyn Fn(&str) -> Option<String>) -> Result<Option<Given>> {
+    match (variable("PIPELINE_REGISTRY"), variable("PIPELINE_REGISTRY_USER"), variable("PIPELINE_REGISTRY_PASSWORD")) {
+        (_, None, None) => Ok(None),
+        (Some(key), Some(user), Some(password)) => {
+            let origin = "`PIPELINE_REGISTRY_USER` and `PIPELINE_REGISTRY_PASSWORD`".into();
+            Ok(Some(Given { key, user, password, origin }))
+        }
+        _ => {
+            Err(Problem::usage("`PIPELINE_REGISTRY_USER` and `PIPELINE_REGISTRY_PASSWORD` go together with `PIPELINE_REGISTRY`")
+                .hint("set all three; `PIPELINE_REGISTRY` is the HOST[:PORT][/NAMESPACE] the login is for")
+                .into())
+        }
+    }
 }
 
 /// Where the manifest of a pinned index is remembered.
@@ -313,18 +341,6 @@ fn pulled(store: &Store, pinned: &Digest) -> Option<Digest> {
     let manifest: Digest = serde_json::from_slice(&fs_err::read(pulled_path(store, pinned)).ok()?).ok()?;
     let layers = image::layers(store, &manifest).ok()?;
     layers.iter().all(|layer| store.has(&layer.descriptor.digest, layer.descriptor.size)).then_some(manifest)
-}
-
-struct Sink<'a>(&'a Store);
-
-impl BlobSink for Sink<'_> {
-    fn has(&self, digest: &Digest, size: u64) -> bool {
-        self.0.has(digest, size)
-    }
-
-    fn write(&self, digest: &Digest, _size: u64, reader: &mut dyn std::io::Read) -> Result<()> {
-        self.0.put_reader(digest, reader)
-    }
 }
 
 /// Takes an image out of an OCI layout into the store.

@@ -14,8 +14,8 @@ use serde::Serialize;
 
 use super::record;
 use super::{Build, lock};
-use crate::artifact::image;
 use crate::artifact::store::{Hold, Lock, Store};
+use crate::artifact::{image, remote};
 use crate::error::Problem;
 use crate::oci::digest::Digest;
 
@@ -62,6 +62,10 @@ pub fn plan(store: &Store, keep: usize, locks: &[lock::Lock]) -> Result<Vec<Unne
                     .filter_map(|i| Some(i.value.parse::<Digest>().ok()?.hex())),
             );
         }
+    }
+    // What an index names is as needed as the index.
+    for root in roots.clone() {
+        roots.extend(remote::reach(store, &root).unwrap_or_default().documents);
     }
     for root in &roots {
         // A root that was never pulled whole keeps what is there of it.

@@ -8,8 +8,8 @@ use anyhow::{Context as _, Result};
 use serde::Serialize;
 
 use super::{Build, Options, build};
-use crate::artifact::image;
 use crate::artifact::store::Store;
+use crate::artifact::{image, remote};
 use crate::config::types::Pipeline;
 use crate::error::Problem;
 use crate::oci::compress::Compression;
@@ -30,12 +30,12 @@ pub struct Verified {
 
 /// Reads every blob of an image and compares its digest.
 pub fn blobs(store: &Store, digest: &Digest) -> Result<Verified> {
-    let manifest = image::manifest(store, digest)?;
-    store.verify(&manifest.config.digest)?;
-    for layer in &manifest.layers {
-        store.verify(&layer.digest).with_context(|| format!("layer {} of {digest}", layer.digest.short()))?;
+    let reached = remote::reach(store, digest)?;
+    for blob in reached.blobs.keys() {
+        store.verify(blob).with_context(|| format!("blob {} of {digest}", blob.short()))?;
     }
-    Ok(Verified { schema: 1, digest: *digest, blobs: manifest.layers.len() + 2, rebuilt: None, difference: None })
+    let blobs = reached.documents.len() + reached.blobs.len();
+    Ok(Verified { schema: 1, digest: *digest, blobs, rebuilt: None, difference: None })
 }
 
 /// Builds the pipeline in an empty store, with nothing but downloaded packages taken over, and

@@ -8,9 +8,9 @@ use serde::Serialize;
 use serde_json::{Value, json};
 
 use super::{Global, report, signals, ui};
-use crate::artifact::store::{Descriptor, REF_NAME, Store};
-use crate::artifact::{archive, image};
-use crate::build::{self, base, prune, record, verify};
+use crate::artifact::store::{Descriptor, INDEX_TYPE, REF_NAME, Store};
+use crate::artifact::{archive, image, remote};
+use crate::build::{self, prune, record, verify};
 use crate::error::{Problem, nearest};
 use crate::oci::digest::Digest;
 use crate::progress::Progress as _;
@@ -47,11 +47,12 @@ pub enum Verb {
         /// The file; `-` for standard input
         file: PathBuf,
     },
-    /// Pull an image from a registry
-    Pull {
-        /// Like docker.io/library/debian:13
-        reference: String,
-    },
+    /// Push an artifact, what it names and what is attached to it to a registry
+    Push(super::registry::PushArgs),
+    /// Pull an artifact, what it names and what is attached to it from a registry
+    Pull(super::registry::PullArgs),
+    /// Copy an artifact from one place in a registry to another, all of it
+    Copy(super::registry::CopyArgs),
     /// Give an image another name
     Tag {
         /// NAME, NAME:TAG or a digest
@@ -91,7 +92,9 @@ pub fn run(global: &Global, verb: Verb) -> Result<u8> {
         Verb::Diff { from, to, files } => super::diff::run(global, &around, &from, &to, files),
         Verb::Export { image, output } => export(&around, &image, &output),
         Verb::Load { file } => load(global, &around, &file),
-        Verb::Pull { reference } => pull(global, &around, &reference),
+        Verb::Push(args) => super::registry::push(global, &around, &args),
+        Verb::Pull(args) => super::registry::pull(global, &around, &args),
+        Verb::Copy(args) => super::registry::copy(global, &around, &args),
         Verb::Tag { image, name } => {
             let (_, descriptor) = find(&around.store, &image)?;
             check_tag(&name)?;
@@ -109,7 +112,7 @@ pub fn run(global: &Global, verb: Verb) -> Result<u8> {
 }
 
 /// `name:tag` as OCI layouts allow it (image layout specification, "org.opencontainers.image.ref.name").
-fn check_tag(name: &str) -> Result<()> {
+pub fn check_tag(name: &str) -> Result<()> {
     let good = |text: &str| {
         !text.is_empty()
             && text.bytes().all(|c| c.is_ascii_alphanumeric() || b"._-/".contains(&c))
@@ -171,15 +174,20 @@ fn list(global: &Global, around: &ui::Surroundings) -> Result<u8> {
     let mut rows = Vec::new();
     for descriptor in around.store.index()?.manifests {
         let name = descriptor.annotations.get(REF_NAME).cloned().unwrap_or_default();
-        let manifest = image::manifest(&around.store, &descriptor.digest).with_context(|| format!("artifact `{name}`"))?;
-        let bytes = descriptor.size + manifest.config.size + manifest.layers.iter().map(|layer| layer.size).sum::<u64>();
-        rows.push(Listed {
-            kind: crate::artifact::kind(&manifest, &name),
-            name,
-            digest: descriptor.digest,
-            bytes,
-            created: manifest.annotations.get("org.opencontainers.image.created").cloned(),
-        });
+        // What is attached to an artifact is told with that.
+        if name.starts_with("sha256-") {
+            continue;
+        }
+        let reached = remote::reach(&around.store, &descriptor.digest).with_context(|| format!("artifact `{name}`"))?;
+        let bytes = descriptor.size + reached.blobs.values().sum::<u64>();
+        let (kind, created) = if descriptor.media_type == INDEX_TYPE {
+            (descriptor.artifact_type.clone().unwrap_or_else(|| "index".into()), None)
+        } else {
+            let manifest = image::manifest(&around.store, &descriptor.digest).with_context(|| format!("artifact `{name}`"))?;
+            let created = manifest.annotations.get("org.opencontainers.image.created").cloned();
+            (crate::artifact::kind(&manifest, &name), created)
+        };
+        rows.push(Listed { kind, name, digest: descriptor.digest, bytes, created });
     }
     ui::answer(global, &json!({"schema": 1, "images": rows}), || {
         if rows.is_empty() {
@@ -284,26 +292,6 @@ fn load(global: &Global, around: &ui::Surroundings, file: &std::path::Path) -> R
     ui::answer(global, &json!({"schema": 1, "images": rows}), || {
         loaded.iter().map(|(name, digest)| format!("{name} {digest}\n")).collect()
     })?;
-    Ok(0)
-}
-
-fn pull(global: &Global, around: &ui::Surroundings, reference: &str) -> Result<u8> {
-    signals::watch()?;
-    let context = around.build();
-    let parsed: crate::oci::registry::Reference = reference.parse()?;
-    let pinned = match parsed.digest() {
-        Some(digest) => digest,
-        None => base::registry(&context)?.resolve(&parsed)?.digest,
-    };
-    let mut wanted = base::BaseImage { name: reference.into(), pinned, manifest: None };
-    base::pull(&context, &mut wanted)?;
-    let digest = wanted.manifest.context("a pulled image")?;
-    let name = format!("{}:{}", parsed.repository().rsplit('/').next().unwrap_or("image"), parsed.tag().unwrap_or("pulled"));
-    let size = around.store.read(&digest)?.len() as u64;
-    let mut descriptor = Descriptor::new(crate::artifact::store::MANIFEST_TYPE, digest, size);
-    descriptor.platform = Some(json!({"architecture": "amd64", "os": "linux"}));
-    around.store.tag(&name, &descriptor)?;
-    ui::answer(global, &json!({"schema": 1, "name": name, "digest": digest, "pinned": pinned}), || format!("{name} {digest}\n"))?;
     Ok(0)
 }
 

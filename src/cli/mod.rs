@@ -22,6 +22,7 @@ mod meta;
 mod plan;
 mod progress;
 mod promote;
+mod registry;
 mod release;
 mod report;
 mod run;

@@ -11,6 +11,7 @@ pub mod embedded;
 pub mod file;
 mod find;
 pub mod recurrence;
+pub mod registries;
 pub mod shape;
 pub mod syntax;
 pub mod types;

@@ -60,11 +60,29 @@ pub struct Found {
     pub notes: Vec<String>,
 }
 
+/// A login that was given by itself.
+#[derive(Clone, PartialEq, Eq)]
+pub struct Given {
+    /// `HOST[:PORT][/NAMESPACE]` it is for: it is shown to nobody else.
+    pub key: String,
+    pub user: String,
+    pub password: String,
+    /// Where it came from, for messages.
+    pub origin: String,
+}
+
+impl fmt::Debug for Given {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        write!(f, "Given(for {}, …)", self.key)
+    }
+}
+
 /// The credential files, and where helpers are looked for.
 #[derive(Debug, Clone, Default)]
 pub struct Credentials {
     files: Vec<PathBuf>,
     path: std::ffi::OsString,
+    given: Option<Given>,
 }
 
 /// Docker's `config.json` and podman's `auth.json`: the keys used here.
@@ -98,7 +116,13 @@ struct HelperAnswer {
 impl Credentials {
     /// `files` are asked in order; helpers are found on `path` (the value of `PATH`).
     pub fn new(files: Vec<PathBuf>, path: impl AsRef<OsStr>) -> Self {
-        Self { files, path: path.as_ref().to_owned() }
+        Self { files, path: path.as_ref().to_owned(), given: None }
+    }
+
+    /// Goes before what the files say.
+    #[must_use]
+    pub fn with(self, given: Option<Given>) -> Self {
+        Self { given, ..self }
     }
 
     /// The files, for messages.
@@ -109,6 +133,12 @@ impl Credentials {
     /// The credential for `repository` on `registry`. A missing file is no error; one that is
     /// not readable or not JSON is.
     pub fn find(&self, registry: &str, repository: &str) -> Result<Found> {
+        if let Some(given) = &self.given
+            && keys(registry, repository).contains(&normalise(&given.key))
+        {
+            let credential = Credential::Password { user: given.user.clone(), password: given.password.clone() };
+            return Ok(Found { credential, origin: Some(given.origin.clone()), notes: Vec::new() });
+        }
         let mut files = Vec::new();
         for path in &self.files {
             if let Some(file) = read(path)? {
@@ -345,6 +375,23 @@ mod tests {
         }
         assert_eq!(dir.find(&files, "quay.io", "team/x").origin, Some(format!("`{}`", files[2].display())));
         assert_eq!(dir.find(&files, "unknown.io", "x").origin, None);
+    }
+
+    #[test]
+    fn what_is_given_goes_first_and_only_where_it_is_for() {
+        let dir = Dir::new();
+        let file = dir.file("auth.json", &format!(r#"{{"auths":{{"quay.io/team/app":{{"auth":"{}"}}}}}}"#, auth("file", "1")));
+        let given = Given { key: "quay.io/team".into(), user: "ci".into(), password: "s3cret".into(), origin: "the test".into() };
+        assert_eq!(format!("{given:?}"), "Given(for quay.io/team, …)");
+        let credentials = Credentials::new(vec![file], "").with(Some(given));
+        for (registry, repository, expected) in [
+            ("quay.io", "team/app", password("ci", "s3cret")),
+            ("quay.io", "team", password("ci", "s3cret")),
+            ("quay.io", "teamwork/app", Credential::Anonymous),
+            ("docker.io", "team/app", Credential::Anonymous),
+        ] {
+            assert_eq!(credentials.find(registry, repository).unwrap().credential, expected, "{registry}/{repository}");
+        }
     }
 
     #[test]

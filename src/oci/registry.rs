@@ -1,44 +1,61 @@
-//! Pulls images from registries by the OCI distribution protocol.
+//! Pulls from, pushes to and copies between registries by the OCI distribution protocol 1.1.
 //!
 //! In: a [`Reference`], and the files and settings of [`RegistryOptions`] (nothing here reads the
-//! environment). Out: the digest a name stands for ([`Registry::resolve`]), or the image's manifest
-//! and configuration as bytes, with its layers streamed into a [`BlobSink`] ([`Registry::pull`]).
-//! Manifests are kept byte for byte, so that the digest stays the one the registry knows.
+//! environment). Out, for a base image: the digest a name stands for ([`Registry::resolve`]) and its
+//! manifest, its layers streamed into a [`BlobSink`] ([`Registry::pull`]). For artifacts: everything
+//! behind a name with what refers to it into a sink ([`Registry::fetch`]), out of a [`BlobSource`]
+//! ([`Registry::push`]), or from one registry to another ([`Registry::copy`]). Documents are kept byte
+//! for byte, so that a digest stays the one the registry knows, and every byte that comes is digested.
 //!
-//! The protocol is `oci-client`'s; it is asynchronous, these functions are not: each thread that
-//! talks to a registry has a runtime of its own.
+//! Pulls ask the registry's mirrors first, in their order; pushes and tags never do. Sockets are
+//! asynchronous, these functions are not: each thread that talks to a registry has a runtime of its own.
 
+mod complete;
 mod connection;
 mod manifest;
+mod push;
 mod reference;
+mod referrers;
+mod session;
+mod source;
 mod token;
 mod transfer;
+mod tree;
 mod trouble;
+mod upload;
+mod wire;
 
+use std::collections::BTreeMap;
 use std::ffi::OsString;
 use std::fmt;
+use std::io::Read;
 use std::path::PathBuf;
-use std::sync::atomic::{AtomicBool, Ordering};
-use std::sync::{Mutex, PoisonError};
+use std::sync::Arc;
+use std::sync::atomic::{AtomicBool, AtomicU64, Ordering};
 
 use anyhow::Result;
 
-use self::connection::{Access, Connection, Settings, retrying};
-pub use self::manifest::Descriptor;
+use self::complete::Complete;
+pub use self::complete::{Attached, Fetched, Reach};
+use self::connection::{Peer, Rights, Settings};
+pub use self::manifest::{Descriptor, Entry, Platform};
 use self::manifest::{Document, Image};
+use self::push::Shipment;
+pub use self::push::{Blobs, Pushed, TagSet};
 pub use self::reference::Reference;
-use self::transfer::BlobReader;
-use self::trouble::Trouble;
-use crate::error::{Problem, nearest};
-use crate::oci::credentials::{Credentials, Found};
-use crate::oci::digest::Digest;
+use self::session::{Act, Session};
+pub use self::source::Content;
+use self::source::Remote;
+use self::tree::{Item, Tree};
+use crate::error::{self, Problem};
+use crate::oci::credentials::{Credentials, Given};
+use crate::oci::digest::{Digest, Hasher};
+use crate::progress::{Event, Progress};
 
-/// Layers on their way at the same time: one rarely fills a link, and more make registries slow us down.
-const PARALLEL_LAYERS: usize = 3;
 /// Image configurations are held in memory; real ones have tens of kilobytes.
 const CONFIG_LIMIT: u64 = 8 * 1024 * 1024;
-/// Tags shown when none is near to the one that is not there.
-const TAGS_SHOWN: usize = 5;
+/// Bytes between two lines about how far a transfer is: seconds on most links.
+const TOLD_BYTES: u64 = 32 << 20;
 
 /// What the caller knows of its surroundings.
 #[derive(Debug, Clone, Default)]
@@ -49,8 +66,15 @@ pub struct RegistryOptions {
     pub auth_files: Vec<PathBuf>,
     /// The value of `PATH`, for `docker-credential-*`.
     pub helper_path: OsString,
-    /// `HOST` or `HOST:PORT` that may speak plain HTTP or show any certificate.
+    /// A login that goes before the files'.
+    pub given: Option<Given>,
+    /// `HOST` or `HOST:PORT` that may speak plain HTTP or show any certificate. Addresses of this
+    /// machine (`localhost`, `127.0.0.1`, `[::1]`) are spoken to with plain HTTP without being here.
     pub insecure: Vec<String>,
+    /// For a registry, `HOST[:PORT][/PREFIX]` of those that hold the same, in the order they are asked.
+    pub mirrors: BTreeMap<String, Vec<String>>,
+    /// Most bytes of a blob in one request; `None` for no limit.
+    pub part_limit: Option<u64>,
     /// PEM bundle to trust instead of the system's certificates.
     pub ca_bundle: Option<PathBuf>,
     pub proxy: Proxy,
@@ -72,12 +96,49 @@ impl fmt::Debug for Proxy {
     }
 }
 
-/// Where layers go. Called from several threads at once.
+/// Where blobs go. Called from several threads at once.
 pub trait BlobSink: Sync {
     /// Whether the blob is there already, whole.
     fn has(&self, digest: &Digest, size: u64) -> bool;
     /// Takes the blob from `reader`: checks its digest, and keeps it only when it was right.
-    fn write(&self, digest: &Digest, size: u64, reader: &mut dyn std::io::Read) -> Result<()>;
+    fn write(&self, digest: &Digest, size: u64, reader: &mut dyn Read) -> Result<()>;
+
+    /// A manifest or index that is there already, its digest checked.
+    fn document(&self, _digest: &Digest) -> Option<Vec<u8>> {
+        None
+    }
+
+    /// The place where a blob lies while it comes, with what an earlier transfer left there.
+    /// `None`: nothing is kept of a transfer that breaks, and [`BlobSink::write`] takes the next.
+    fn begun(&self, _digest: &Digest, _size: u64) -> Result<Option<Box<dyn Begun + '_>>> {
+        Ok(None)
+    }
+}
+
+/// A blob that is on its way.
+pub trait Begun {
+    /// Bytes that are there, and their digest so far.
+    fn have(&self) -> (u64, Hasher);
+    /// Takes the rest from `reader`. What came stays for the next time when reading fails, except
+    /// after [`std::io::ErrorKind::InvalidData`]: then it was not the blob that was asked for.
+    fn go_on(self: Box<Self>, reader: &mut dyn Read) -> Result<()>;
+}
+
+/// Where a push takes its content from. Called from several threads at once.
+pub trait BlobSource: Sync {
+    /// A manifest or index, byte for byte.
+    fn document(&self, digest: &Digest) -> Result<Vec<u8>>;
+    /// The bytes of a blob from `offset` on.
+    fn open(&self, blob: &Descriptor, offset: u64) -> Result<Content>;
+}
+
+/// What a push is told beside what goes where.
+#[derive(Debug, Clone, Default, PartialEq, Eq)]
+pub struct PushOptions {
+    /// A repository of the same registry that may hold some of the blobs: they are mounted, not sent.
+    pub mount_from: Option<String>,
+    /// Manifests that go along: those with a `subject` by digest, others under the tag given here (`sha256-HEX.sig`).
+    pub attached: Vec<(Digest, Option<String>)>,
 }
 
 /// What a name stands for right now.
@@ -103,24 +164,33 @@ pub struct PulledImage {
 /// Pulls from registries, with one set of credentials and settings.
 #[derive(Debug, Clone)]
 pub struct Registry {
-    settings: Settings,
+    settings: Arc<Settings>,
     credentials: Credentials,
+    mirrors: Arc<BTreeMap<String, Vec<String>>>,
+    part_limit: Option<u64>,
 }
 
 impl Registry {
     /// Reads the CA bundle; talks to nobody yet.
     pub fn new(options: &RegistryOptions) -> Result<Self> {
         let files = options.auth_files.iter().chain(&options.docker_config).cloned().collect();
-        Ok(Self { settings: Settings::new(options)?, credentials: Credentials::new(files, &options.helper_path) })
+        Ok(Self {
+            settings: Arc::new(Settings::new(options)?),
+            credentials: Credentials::new(files, &options.helper_path).with(options.given.clone()),
+            mirrors: Arc::new(options.mirrors.clone()),
+            part_limit: options.part_limit,
+        })
     }
 
     /// The digest `reference` stands for. The document is fetched and digested, not just asked for,
     /// so that a digest that gets pinned is one that was seen.
     pub fn resolve(&self, reference: &Reference) -> Result<Pinned> {
-        let session = self.session(reference)?;
-        let (bytes, digest) = session.document(reference)?;
-        let document = Document::parse(&bytes).map_err(|why| session.odd(reference, &why))?;
-        Ok(Pinned { digest, media_type: document.media_type().into() })
+        let (_, pinned) = self.from_any(reference, |session| {
+            let (bytes, digest) = session.document(reference)?;
+            let document = Document::parse(&bytes).map_err(|why| session.odd(reference, &why))?;
+            Ok(Pinned { digest, media_type: document.media_type })
+        })?;
+        Ok(pinned)
     }
 
     /// Pulls the image for linux/amd64: `digest` (an index or a manifest of the same repository)
@@ -129,196 +199,217 @@ impl Registry {
     /// Undone by nothing: what the sink took stays in it, and the next pull goes on from there.
     pub fn pull(&self, reference: &Reference, digest: Option<Digest>, sink: &dyn BlobSink) -> Result<PulledImage> {
         let wanted = digest.map_or_else(|| reference.clone(), |digest| reference.at(digest));
-        let session = self.session(&wanted)?;
-        let (bytes, digest) = session.document(&wanted)?;
-        let document = Document::parse(&bytes).map_err(|why| session.odd(&wanted, &why))?;
-        let (bytes, digest, document) = match document.for_platform(&wanted)? {
-            None => (bytes, digest, document),
-            Some(entry) => {
-                let wanted = wanted.at(entry.digest);
-                let (bytes, digest) = session.document(&wanted)?;
-                let document = Document::parse(&bytes).map_err(|why| session.odd(&wanted, &why))?;
-                (bytes, digest, document)
-            }
-        };
-        let Image { manifest, config, layers } = document.image(&wanted, digest, bytes.len() as u64)?;
-        let config_bytes = session.config(&config)?;
-        manifest::check_platform(&wanted, &config_bytes)?;
-        session.layers(&layers, sink)?;
-        Ok(PulledImage { manifest, manifest_bytes: bytes, config, config_bytes, layers })
+        let (_, pulled) = self.from_any(&wanted, |session| pull_image(session, &wanted, sink))?;
+        Ok(pulled)
     }
 
-    fn session<'a>(&'a self, reference: &'a Reference) -> Result<Session<'a>> {
-        let found = self.credentials.find(reference.registry(), reference.repository())?;
-        let connection = match Connection::negotiate(&self.settings, reference, &found.credential)? {
-            Ok(connection) => connection,
-            Err(trouble) => return Err(self.problem(reference, &found, &reference.to_string(), &trouble).into()),
-        };
-        Ok(Session { registry: self, reference, found, connection })
+    /// Pulls everything behind `reference`: the manifest, or an index with all it names (see
+    /// [`Reach`]), and what refers to them. Blobs and documents the sink has are not fetched.
+    ///
+    /// Undone by nothing: what the sink took stays in it, and the next pull goes on from there.
+    pub fn fetch(&self, reference: &Reference, reach: Reach, sink: &dyn BlobSink, progress: &dyn Progress) -> Result<Fetched> {
+        let known = |digest: &Digest| sink.document(digest);
+        let (_, fetched) = self.from_any(reference, |session| {
+            let complete = Complete::read(session, reference, reach, &known, progress)?;
+            let meter = Meter::new(progress, reference, "pulled", &complete.tree);
+            complete.bring(session, sink, &|bytes| meter.add(bytes))
+        })?;
+        Ok(fetched)
     }
 
-    /// What a person reads of a trouble with `what`.
-    fn problem(&self, reference: &Reference, found: &Found, what: &str, trouble: &Trouble) -> Problem {
-        let registry = reference.registry();
-        match trouble {
-            Trouble::Status { code: 401 | 403, .. } => {
-                let problem = Problem::failed(format!("registry `{registry}` did not allow to pull `{what}`: {trouble}"));
-                let files: Vec<String> = self.credentials.files().iter().map(|file| format!("`{}`", file.display())).collect();
-                let problem = problem.hint(match &found.origin {
-                    Some(origin) => format!("the credentials came from {origin}"),
-                    None if files.is_empty() => "no credentials were looked for".into(),
-                    None => format!("no credentials for it were found in {}", files.join(", ")),
-                });
-                let problem = found.notes.iter().fold(problem, Problem::hint);
-                problem.hint(format!(
-                    "log in with `docker login {registry}` or `podman login {registry}`; some registries answer the same for a repository that does not exist"
-                ))
-            }
-            Trouble::Status { code: 404, .. } => Problem::failed(format!("registry `{registry}` has no `{what}`")),
-            Trouble::Digest { .. } => {
-                Problem::failed(format!("registry `{registry}` sent something else than `{what}`: {trouble}"))
-                    .hint("the registry's copy is damaged, or something between changes what it sends")
-            }
-            Trouble::Certificate(_) => Problem::failed(format!("registry `{registry}` cannot be trusted: {trouble}"))
-                .hint("a registry with a certificate of your own authority needs that authority in the CA bundle"),
-            _ if trouble.is_transient() => {
-                Problem::transient(format!("cannot pull `{what}` from registry `{registry}`: {trouble}"))
-                    .hint("check the network and the registry, then run the command again: layers that were pulled are kept")
-            }
-            _ => Problem::failed(format!("cannot pull `{what}` from registry `{registry}`: {trouble}")),
+    /// Puts `root` with everything it names, and what is attached to it, into `to`'s repository,
+    /// and points `to`'s tag at it, last.
+    ///
+    /// Undone by nothing: without the tag nobody sees what was put, and the next push does not send it again.
+    ///
+    /// # Errors
+    /// A reference by another digest; a blob that is missing or corrupt in the source; the registry's refusal.
+    pub fn push(
+        &self,
+        source: &dyn BlobSource,
+        root: &Digest,
+        to: &Reference,
+        options: &PushOptions,
+        progress: &dyn Progress,
+    ) -> Result<Pushed> {
+        let mut tree = Tree::default();
+        let mut read = |digest: &Digest| source.document(digest);
+        tree.add(Item::parse(*root, read(root)?)?, &mut read)?;
+        let mut attached = Vec::new();
+        for (digest, tag) in &options.attached {
+            let item = Item::parse(*digest, read(digest)?)?;
+            let named = tag.as_deref().and_then(|tag| tag.strip_prefix("sha256-")?.get(..64)?.parse().ok());
+            let subject = item.document.subject.as_ref().map(|subject| subject.digest).or(named).unwrap_or(*root);
+            attached.push(Attached::new(&referrers::Referring { item: item.clone(), subject, tag: tag.clone() }));
+            tree.add(item, &mut read)?;
         }
-    }
-}
-
-/// A pull under way.
-struct Session<'a> {
-    registry: &'a Registry,
-    reference: &'a Reference,
-    found: Found,
-    connection: Connection,
-}
-
-impl Session<'_> {
-    fn problem(&self, what: &str, trouble: &Trouble) -> Problem {
-        self.registry.problem(self.reference, &self.found, what, trouble)
+        self.ship(source, *root, &tree, &attached, to, options.mount_from.clone(), progress)
     }
 
-    fn odd(&self, reference: &Reference, why: &str) -> Problem {
-        self.problem(&reference.to_string(), &Trouble::Other(why.into()))
+    /// Copies everything behind `from`, and what refers to it, to `to`. Within one registry blobs
+    /// are mounted; between two they are streamed, digested on their way, and nothing is kept here.
+    pub fn copy(&self, from: &Reference, to: &Reference, progress: &dyn Progress) -> Result<Pushed> {
+        let (session, complete) =
+            self.from_any(from, |session| Complete::read(session, from, Reach::All, &|_| None, progress))?;
+        let mount_from = (from.registry() == to.registry() && session.peer.registry == to.registry())
+            .then(|| from.repository().to_owned())
+            .filter(|repository| repository != to.repository());
+        let Complete { root, tree, attached, .. } = complete;
+        let remote = Remote::new(session, &tree);
+        self.ship(&remote, root, &tree, &attached, to, mount_from, progress)
     }
 
-    /// The manifest or index behind `reference`, byte for byte, and its digest.
-    fn document(&self, reference: &Reference) -> Result<(Vec<u8>, Digest)> {
-        let Connection { client, access, .. } = &self.connection;
-        let attempt = async || Ok(client.pull_manifest_raw(reference.inner(), &access.auth, &manifest::ACCEPTED).await?);
-        match self.connection.block_on(retrying(attempt)) {
-            Ok((bytes, _)) => {
-                let bytes = Vec::from(bytes);
-                let digest = Digest::of(&bytes);
-                Ok((bytes, digest))
-            }
-            Err(trouble) if trouble.status() == Some(404) => Err(self.not_found(reference).into()),
-            Err(trouble) => Err(self.problem(&reference.to_string(), &trouble).into()),
+    #[expect(clippy::too_many_arguments, reason = "a push and a copy say the same seven things")]
+    fn ship(
+        &self,
+        source: &dyn BlobSource,
+        root: Digest,
+        tree: &Tree,
+        attached: &[Attached],
+        to: &Reference,
+        mount_from: Option<String>,
+        progress: &dyn Progress,
+    ) -> Result<Pushed> {
+        if to.digest().is_some_and(|digest| digest != root) {
+            return Err(Problem::usage(format!("`{to}` names another digest than what is pushed, which is `{root}`"))
+                .hint("push to a tag, or leave the digest out")
+                .into());
         }
+        let session = self.writing(to, mount_from)?;
+        let meter = Meter::new(progress, to, "sent", tree);
+        let shipment = Shipment { source, root, tree, attached, part_limit: self.part_limit, arrived: &|bytes| meter.add(bytes) };
+        shipment.put(&session, to, to.tag())
     }
 
-    /// The error for a name that is not there, with what there is instead.
-    fn not_found(&self, reference: &Reference) -> Problem {
-        let problem = Problem::failed(format!("registry `{}` has no `{reference}`", reference.registry()));
-        if reference.digest().is_some() {
-            return problem.hint("it was pinned and is gone there; `pipeline update` pins what the name stands for now");
-        }
-        let wanted = reference.tag().unwrap_or_default();
-        let listing = self.connection.client.list_tags(reference.inner(), &self.connection.access.auth, None, None);
-        let Ok(tags) = self.connection.block_on(listing).map(|answer| answer.tags) else {
-            return problem.hint(format!("`{}` may not exist there, or need a login", reference.repository()));
-        };
-        match nearest(wanted, tags.iter().map(String::as_str)) {
-            Some(tag) => problem.hint(format!("the nearest tag there is `{tag}`")),
-            None if tags.is_empty() => problem.hint(format!("`{}` has no tags there", reference.repository())),
-            None => {
-                let shown: Vec<String> = tags.iter().take(TAGS_SHOWN).map(|tag| format!("`{tag}`")).collect();
-                let more = tags.len().saturating_sub(TAGS_SHOWN);
-                let more = if more == 0 { String::new() } else { format!(" and {more} more") };
-                problem.hint(format!("tags there: {}{more}", shown.join(", ")))
-            }
-        }
+    /// The digest a tag or digest has in the registry itself; nothing when it is not there.
+    pub fn digest(&self, reference: &Reference) -> Result<Option<Digest>> {
+        let session = self.reading(reference)?;
+        let name = reference.within();
+        let found = session.call(async |wire| wire.head(&name).await);
+        found.map_err(|trouble| session.teller.problem(&reference.to_string(), &trouble).into())
     }
 
-    fn config(&self, config: &Descriptor) -> Result<Vec<u8>> {
-        if config.size > CONFIG_LIMIT {
-            let why = format!("its configuration has {} bytes, which no image needs", config.size);
-            return Err(self.odd(self.reference, &why).into());
-        }
-        let stop = AtomicBool::new(false);
-        let connection = self.reopen(self.connection.access.clone())?;
-        let renew = || self.renew();
-        let mut reader = BlobReader::new(connection, &renew, self.reference, config, &stop);
-        let mut bytes = Vec::new();
-        match std::io::Read::read_to_end(&mut reader, &mut bytes) {
-            Ok(_) => Ok(bytes),
-            Err(error) => {
-                let trouble = reader.finish().0.unwrap_or_else(|| error.into());
-                Err(self.problem(&config.digest.to_string(), &trouble).into())
-            }
-        }
+    /// All tags of `reference`'s repository, in the registry's order.
+    pub fn tags(&self, reference: &Reference) -> Result<Vec<String>> {
+        let session = self.reading(reference)?;
+        let tags = session.call(async |wire| wire.tags().await);
+        tags.map_err(|trouble| {
+            session.teller.problem(&format!("{}/{}", reference.registry(), reference.repository()), &trouble).into()
+        })
     }
 
-    /// Fetches what the sink does not have, a few at a time; the first failure stops the others.
-    fn layers(&self, layers: &[Descriptor], sink: &dyn BlobSink) -> Result<()> {
-        let mut missing: Vec<&Descriptor> = Vec::new();
-        for layer in layers {
-            if !missing.iter().any(|known| known.digest == layer.digest) && !sink.has(&layer.digest, layer.size) {
-                missing.push(layer);
+    /// Points `tag` at what `target` stands for, in the same repository. Moves no blob.
+    ///
+    /// Undone by pointing it at [`TagSet::before`].
+    pub fn tag(&self, target: &Reference, tag: &str) -> Result<TagSet> {
+        let session = self.writing(target, None)?;
+        let (bytes, digest) = session.document(target)?;
+        let item = Item::parse(digest, bytes).map_err(|error| session.odd(target, &format!("{error:#}")))?;
+        push::set_tag(&session, target, &item, tag)
+    }
+
+    /// What refers to `digest` in `reference`'s repository, of one artifact type where it is given:
+    /// by the registry's list, or by the fallback tag where it has none.
+    pub fn referrers(&self, reference: &Reference, digest: &Digest, artifact_type: Option<&str>) -> Result<Vec<Entry>> {
+        let session = self.reading(reference)?;
+        let api = AtomicBool::new(true);
+        let mut found = session
+            .call(async |wire| referrers::list(&wire, digest, &api).await)
+            .map_err(|trouble| session.teller.problem(&format!("the referrers of {digest}"), &trouble))?;
+        // Registries need not filter by themselves.
+        found.retain(|entry| artifact_type.is_none_or(|wanted| entry.artifact_type.as_deref() == Some(wanted)));
+        Ok(found)
+    }
+
+    fn peer(&self, registry: &str, repository: String, rights: Rights) -> Result<Peer> {
+        let found = self.credentials.find(registry, &repository)?;
+        Ok(Peer { registry: registry.into(), repository, found, rights })
+    }
+
+    fn reading(&self, reference: &Reference) -> Result<Session> {
+        let peer = self.peer(reference.registry(), reference.repository().into(), Rights::default())?;
+        Session::open(self, peer, Act::Pull, &reference.to_string())
+    }
+
+    fn writing(&self, reference: &Reference, mount_from: Option<String>) -> Result<Session> {
+        let peer = self.peer(reference.registry(), reference.repository().into(), Rights { push: true, mount_from })?;
+        Session::open(self, peer, Act::Push, &reference.to_string())
+    }
+
+    /// Does `work` with the first mirror that can, else with the registry itself. A full disk is
+    /// nobody's fault but ours, and ends it.
+    fn from_any<T>(&self, reference: &Reference, work: impl Fn(&Session) -> Result<T>) -> Result<(Session, T)> {
+        let what = reference.to_string();
+        let mut missed = Vec::new();
+        for mirror in self.mirrors.get(reference.registry()).into_iter().flatten() {
+            let (host, prefix) = mirror.split_once('/').unwrap_or((mirror, ""));
+            let repository = format!("{}/{}", prefix.trim_end_matches('/'), reference.repository());
+            let peer = self.peer(host, repository.trim_start_matches('/').into(), Rights::default())?;
+            let done = Session::open(self, peer, Act::Pull, &what).and_then(|session| {
+                let value = work(&session)?;
+                Ok((session, value))
+            });
+            match done {
+                Err(error) if error::is_disk_full(&error) => return Err(error),
+                Err(error) => missed.push(format!("its mirror `{mirror}` was asked first: {error:#}")),
+                done => return done,
             }
         }
-        let stop = AtomicBool::new(false);
-        let queue = Mutex::new(missing.iter().copied());
-        let next = || queue.lock().unwrap_or_else(PoisonError::into_inner).next();
-        let work = || -> Result<()> {
-            let mut connection: Option<Connection> = None;
-            while let (false, Some(layer)) = (stop.load(Ordering::Relaxed), next()) {
-                let open = match connection.take() {
-                    Some(connection) => connection,
-                    None => self.reopen(self.connection.access.clone())?,
-                };
-                connection = Some(self.layer(open, layer, sink, &stop)?);
-            }
-            Ok(())
-        };
-        let first = Mutex::new(None);
-        std::thread::scope(|scope| {
-            for _ in 0..missing.len().min(PARALLEL_LAYERS) {
-                scope.spawn(|| {
-                    if let Err(error) = work()
-                        && !stop.swap(true, Ordering::Relaxed)
-                    {
-                        first.lock().unwrap_or_else(PoisonError::into_inner).get_or_insert(error);
-                    }
-                });
-            }
+        let done = self.reading(reference).and_then(|session| {
+            let value = work(&session)?;
+            Ok((session, value))
         });
-        first.into_inner().unwrap_or_else(PoisonError::into_inner).map_or(Ok(()), Err)
+        done.map_err(|error| match error.downcast::<Problem>() {
+            Ok(problem) => missed.iter().fold(problem, |problem, missed| problem.hint(missed)).into(),
+            Err(error) => error,
+        })
     }
+}
 
-    fn layer(&self, connection: Connection, layer: &Descriptor, sink: &dyn BlobSink, stop: &AtomicBool) -> Result<Connection> {
-        let renew = || self.renew();
-        let mut reader = BlobReader::new(connection, &renew, self.reference, layer, stop);
-        let written = sink.write(&layer.digest, layer.size, &mut reader);
-        let (trouble, connection) = reader.finish();
-        match (trouble, written) {
-            (Some(trouble), _) => Err(self.problem(&layer.digest.to_string(), &trouble).into()),
-            (None, Err(error)) => Err(error.context(format!("cannot keep layer `{}` of `{}`", layer.digest, self.reference))),
-            (None, Ok(())) => Ok(connection),
+fn pull_image(session: &Session, wanted: &Reference, sink: &dyn BlobSink) -> Result<PulledImage> {
+    let (bytes, digest) = session.document(wanted)?;
+    let document = Document::parse(&bytes).map_err(|why| session.odd(wanted, &why))?;
+    let (bytes, digest, document) = match document.for_platform(wanted)? {
+        None => (bytes, digest, document),
+        Some(entry) => {
+            let wanted = wanted.at(entry.descriptor.digest);
+            let (bytes, digest) = session.document(&wanted)?;
+            let document = Document::parse(&bytes).map_err(|why| session.odd(&wanted, &why))?;
+            (bytes, digest, document)
         }
+    };
+    let Image { manifest, config, layers } = document.image(wanted, digest, bytes.len() as u64)?;
+    if config.size > CONFIG_LIMIT {
+        let why = format!("its configuration has {} bytes, which no image needs", config.size);
+        return Err(session.odd(wanted, &why).into());
+    }
+    let config_bytes = session.small(&config)?;
+    manifest::check_platform(wanted, &config_bytes)?;
+    session.blobs(&layers, sink, &|_| {})?;
+    Ok(PulledImage { manifest, manifest_bytes: bytes, config, config_bytes, layers })
+}
+
+/// Tells how far a transfer is: now and then, as lines of the step that is named for the reference.
+struct Meter<'a> {
+    progress: &'a dyn Progress,
+    step: String,
+    verb: &'static str,
+    total: u64,
+    done: AtomicU64,
+}
+
+impl<'a> Meter<'a> {
+    fn new(progress: &'a dyn Progress, reference: &Reference, verb: &'static str, tree: &Tree) -> Self {
+        let total = tree.blobs.iter().map(|blob| blob.size).sum();
+        Self { progress, step: reference.to_string(), verb, total, done: AtomicU64::new(0) }
     }
 
-    fn reopen(&self, access: Access) -> Result<Connection> {
-        Connection::open(&self.registry.settings, self.reference, access)?
-            .map_err(|trouble| self.problem(&self.reference.to_string(), &trouble).into())
-    }
-
-    fn renew(&self) -> Result<Result<Connection, Trouble>> {
-        Connection::negotiate(&self.registry.settings, self.reference, &self.found.credential)
+    fn add(&self, bytes: u64) {
+        let before = self.done.fetch_add(bytes, Ordering::Relaxed);
+        let now = before + bytes;
+        if before / TOLD_BYTES != now / TOLD_BYTES {
+            let line = format!("{} {} MiB of at most {} MiB", self.verb, now >> 20, self.total >> 20);
+            self.progress.event(Event::StepOutput { step: self.step.clone(), line });
+        }
     }
 }

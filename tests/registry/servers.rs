@@ -119,6 +119,7 @@ impl Server {
         tool("docker-registry", "docker-registry");
         tool("skopeo", "skopeo");
         let (port, data) = (free_port(), dir.join("data"));
+        fs_err::create_dir_all(dir).unwrap();
         let config = dir.join("registry.yml");
         let text = format!(
             "version: 0.1\nlog: {{ level: error }}\nstorage: {{ filesystem: {{ rootdirectory: {} }} }}\nhttp:\n  addr: 127.0.0.1:{port}\n{extra}",
@@ -332,4 +333,54 @@ fn hand_on(
     let mut server = TcpStream::connect(("127.0.0.1", upstream)).unwrap();
     server.write_all(format!("{} {} HTTP/1.1\r\n{headers}\r\n", request.method, request.path).as_bytes()).unwrap();
     let _ = std::io::copy(&mut server.take(allowed), &mut stream);
+}
+
+/// A proxy for uploads.
+pub struct Uploads {
+    pub port: u16,
+    cut: Arc<Mutex<bool>>,
+}
+
+impl Uploads {
+    /// Whether an upload was cut.
+    pub fn cut(&self) -> bool {
+        *self.cut.lock().unwrap()
+    }
+}
+
+/// Hands bytes on to `upstream` both ways, and closes the first request with a body of more than
+/// `limit` bytes after so many of it.
+pub fn cutting_uploads(upstream: u16, limit: usize) -> Uploads {
+    let listener = TcpListener::bind("127.0.0.1:0").unwrap();
+    let port = listener.local_addr().unwrap().port();
+    let cut = Arc::new(Mutex::new(false));
+    let kept = cut.clone();
+    std::thread::spawn(move || {
+        for client in listener.incoming() {
+            let (mut client, cut) = (client.unwrap(), kept.clone());
+            let mut server = TcpStream::connect(("127.0.0.1", upstream)).unwrap();
+            let (mut back, mut to_client) = (server.try_clone().unwrap(), client.try_clone().unwrap());
+            std::thread::spawn(move || {
+                let _ = std::io::copy(&mut back, &mut to_client);
+                let _ = to_client.shutdown(std::net::Shutdown::Both);
+            });
+            std::thread::spawn(move || {
+                let (mut buffer, mut passed) = (vec![0; 64 << 10], 0);
+                while let Ok(read @ 1..) = client.read(&mut buffer) {
+                    passed += read;
+                    let mut cut = cut.lock().unwrap();
+                    if passed > limit && !*cut {
+                        *cut = true;
+                        let _ = client.shutdown(std::net::Shutdown::Both);
+                        break;
+                    }
+                    if server.write_all(&buffer[..read]).is_err() {
+                        break;
+                    }
+                }
+                let _ = server.shutdown(std::net::Shutdown::Both);
+            });
+        }
+    });
+    Uploads { port, cut }
 }

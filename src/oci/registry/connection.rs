@@ -1,20 +1,21 @@
-//! One way to a registry: which protocol it speaks, what it was shown for the right to pull, and
-//! a client with a runtime of its own, so that each thread has one and everything above is synchronous.
+//! One way to a repository: which protocol its registry speaks, what it was shown for the right to
+//! pull or push, and a client with a runtime of its own, so that each thread has one and everything
+//! above is synchronous.
 
 use std::future::Future;
+use std::sync::Arc;
 use std::time::Duration;
 
 use anyhow::{Context as _, Result};
-use oci_client::client::{Certificate, CertificateEncoding, ClientConfig, ClientProtocol};
-use oci_client::secrets::RegistryAuth;
 use rustls::pki_types::pem::PemObject as _;
 
-use super::reference::{Reference, host_of};
-use super::token;
-use super::trouble::{RETRY_PAUSES, Trouble};
+use super::reference::{host_of, is_loopback};
+use super::token::{self, Auth};
+use super::trouble::Trouble;
+use super::wire::Wire;
 use super::{Proxy, RegistryOptions};
 use crate::error::Problem;
-use crate::oci::credentials::Credential;
+use crate::oci::credentials::Found;
 
 /// Long enough for a slow link's handshake, short enough to be noticed.
 const CONNECT_TIMEOUT: Duration = Duration::from_secs(15);
@@ -25,6 +26,8 @@ const USER_AGENT: &str = concat!("pipeline/", env!("CARGO_PKG_VERSION"));
 const NO_PROXY_AT_ALL: (&str, &str) = ("http://127.0.0.1:9", "*,0.0.0.0/0,::/0");
 /// Never through a proxy, as Docker does.
 const LOOPBACK: &str = "localhost,127.0.0.0/8,::1";
+/// Docker Hub's registry has another address than its name.
+const DOCKER_HUB: (&str, &str) = ("docker.io", "registry-1.docker.io");
 
 /// What every client is made from: read and checked once.
 #[derive(Debug, Clone)]
@@ -35,11 +38,44 @@ pub(super) struct Settings {
     insecure: Vec<String>,
 }
 
+/// One repository in one registry, and what may be done there.
+#[derive(Debug, Clone)]
+pub(super) struct Peer {
+    /// `HOST[:PORT]` as people write it.
+    pub registry: String,
+    pub repository: String,
+    pub found: Found,
+    pub rights: Rights,
+}
+
+#[derive(Debug, Clone, Default, PartialEq, Eq)]
+pub(super) struct Rights {
+    pub push: bool,
+    /// A repository of the same registry whose blobs may be mounted.
+    pub mount_from: Option<String>,
+}
+
+impl Peer {
+    /// The host that is spoken to.
+    pub(super) fn address(&self) -> &str {
+        if self.registry == DOCKER_HUB.0 { DOCKER_HUB.1 } else { &self.registry }
+    }
+
+    /// Scopes to ask a token service for (distribution specification, "Token Scope").
+    fn scopes(&self) -> Vec<String> {
+        let own = format!("repository:{}:{}", self.repository, if self.rights.push { "pull,push" } else { "pull" });
+        let mount = self.rights.mount_from.iter().map(|from| format!("repository:{from}:pull"));
+        std::iter::once(own).chain(mount).collect()
+    }
+}
+
 /// How a registry is spoken to, found out by asking it.
 #[derive(Debug, Clone)]
-pub(super) struct Access {
-    pub way: Way,
-    pub auth: RegistryAuth,
+struct Access {
+    way: Way,
+    /// What it asked for when nothing was shown.
+    challenges: Vec<String>,
+    auth: Auth,
 }
 
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
@@ -67,13 +103,12 @@ impl Settings {
     }
 
     /// The ways to try, in order.
-    fn ways(&self, reference: &Reference) -> Vec<Way> {
-        let registry = reference.registry();
+    fn ways(&self, registry: &str) -> Vec<Way> {
         let plain = Way { plain: true, verify: false };
         let checked = Way { plain: false, verify: true };
         if self.insecure.iter().any(|entry| entry == registry || entry == host_of(registry)) {
             vec![Way { plain: false, verify: false }, plain]
-        } else if reference.is_loopback() {
+        } else if is_loopback(registry) {
             vec![plain, checked]
         } else {
             vec![checked]
@@ -91,11 +126,10 @@ impl Settings {
         }
     }
 
-    /// A plain HTTP client, for the first question and for tokens.
+    /// A client without a limit for silence: a long upload is one, [`in_time`] and the upload know better.
     fn http(&self, way: Way) -> Result<reqwest::Client, Trouble> {
         let (https, http, around) = self.proxies();
-        let mut builder =
-            reqwest::Client::builder().user_agent(USER_AGENT).connect_timeout(CONNECT_TIMEOUT).read_timeout(READ_TIMEOUT);
+        let mut builder = reqwest::Client::builder().user_agent(USER_AGENT).connect_timeout(CONNECT_TIMEOUT);
         for (proxy, make) in [(https, reqwest::Proxy::https as fn(String) -> _), (http, reqwest::Proxy::http)] {
             if let Some(proxy) = proxy {
                 builder = builder.proxy(make(proxy)?.no_proxy(reqwest::NoProxy::from_string(&around)));
@@ -110,31 +144,11 @@ impl Settings {
         Ok(builder.build()?)
     }
 
-    /// The protocol crate's client.
-    fn client(&self, way: Way, address: &str) -> Result<oci_client::Client, Trouble> {
-        let (https_proxy, http_proxy, no_proxy) = self.proxies();
-        let roots = self.roots.iter().map(|der| Certificate { encoding: CertificateEncoding::Der, data: der.clone() });
-        let config = ClientConfig {
-            protocol: if way.plain { ClientProtocol::HttpsExcept(vec![address.to_owned()]) } else { ClientProtocol::Https },
-            // Over plain HTTP there is nothing to check, and the machine may have no certificates at all.
-            accept_invalid_certificates: way.plain || !way.verify,
-            tls_certs_only: if way.plain { Vec::new() } else { roots.collect() },
-            read_timeout: Some(READ_TIMEOUT),
-            connect_timeout: Some(CONNECT_TIMEOUT),
-            user_agent: USER_AGENT,
-            https_proxy,
-            http_proxy,
-            no_proxy: Some(no_proxy),
-            ..ClientConfig::default()
-        };
-        Ok(oci_client::Client::try_from(config)?)
-    }
-
-    /// Asks the registry how it wants to be spoken to, and gets a token for `reference` if it wants one.
-    async fn negotiate(&self, reference: &Reference, credential: &Credential) -> Result<Access, Trouble> {
+    /// Asks the registry how it wants to be spoken to, and gets a token for `peer` if it wants one.
+    async fn negotiate(&self, peer: &Peer) -> Result<(reqwest::Client, Access), Trouble> {
         let mut told = None;
-        for way in self.ways(reference) {
-            match self.negotiate_way(way, reference, credential).await {
+        for way in self.ways(&peer.registry) {
+            match self.negotiate_way(way, peer).await {
                 Ok(access) => return Ok(access),
                 // The registry was reached: another way would only hide what it said.
                 Err(trouble) if trouble.status().is_some() => return Err(trouble),
@@ -146,76 +160,119 @@ impl Settings {
         Err(told.unwrap_or_else(|| Trouble::Other("there is no way to it".into())))
     }
 
-    async fn negotiate_way(&self, way: Way, reference: &Reference, credential: &Credential) -> Result<Access, Trouble> {
+    async fn negotiate_way(&self, way: Way, peer: &Peer) -> Result<(reqwest::Client, Access), Trouble> {
         let http = self.http(way)?;
-        let url = format!("{}://{}/v2/", way.scheme(), reference.address());
+        let url = format!("{}://{}/v2/", way.scheme(), peer.address());
         let (status, challenges) = retrying(async || answer(&http, &url).await).await?;
         if way.plain && status == 400 {
             // A TLS server's answer to plain HTTP.
             return Err(Trouble::Other("it does not speak plain HTTP".into()));
         }
-        let ask = token::Ask { http: &http, way, repository: reference.repository(), credential };
-        Ok(Access { way, auth: ask.answer(&challenges).await? })
+        let ask = token::Ask { http: &http, way, scopes: &peer.scopes(), credential: &peer.found.credential };
+        let auth = ask.answer(&challenges).await?;
+        Ok((http, Access { way, challenges, auth }))
     }
 }
 
 /// Status and challenges of the protocol's version check; an overloaded server is a trouble.
 async fn answer(http: &reqwest::Client, url: &str) -> Result<(u16, Vec<String>), Trouble> {
-    let response = http.get(url).send().await?;
+    let response = in_time(http.get(url).send()).await?;
     let status = response.status().as_u16();
     if status == 429 || status >= 500 {
-        return Err(Trouble::from_status(status, &response.text().await?));
+        return Err(Trouble::from_response(response).await);
     }
     let challenges = response.headers().get_all("www-authenticate").iter().filter_map(|value| value.to_str().ok());
     Ok((status, challenges.map(str::to_owned).collect()))
 }
 
-/// Runs `attempt` until it succeeds, fails for good, or [`RETRY_PAUSES`] are used up.
+/// Waits for an answer, or for the next bytes of one, no longer than [`READ_TIMEOUT`].
+pub(super) async fn in_time<T>(answer: impl Future<Output = reqwest::Result<T>>) -> Result<T, Trouble> {
+    match tokio::time::timeout(READ_TIMEOUT, answer).await {
+        Ok(answer) => Ok(answer?),
+        Err(_) => Err(Trouble::Timeout),
+    }
+}
+
+/// Runs `attempt` until it succeeds, fails for good, or its pauses are used up.
 pub(super) async fn retrying<T, F: Future<Output = Result<T, Trouble>>>(attempt: impl Fn() -> F) -> Result<T, Trouble> {
-    for pause in RETRY_PAUSES {
+    let mut failures = 0;
+    loop {
         match attempt().await {
-            Err(trouble) if trouble.may_pass() => tokio::time::sleep(pause).await,
+            Err(trouble) => match trouble.pause(failures) {
+                Some(pause) => tokio::time::sleep(pause).await,
+                None => return Err(trouble),
+            },
             result => return result,
         }
+        failures += 1;
     }
-    attempt().await
 }
 
 /// A client on a runtime of its own.
+#[derive(Debug)]
 pub(super) struct Connection {
+    settings: Arc<Settings>,
+    pub peer: Arc<Peer>,
     runtime: tokio::runtime::Runtime,
-    pub client: oci_client::Client,
-    pub access: Access,
+    http: reqwest::Client,
+    access: Access,
 }
 
 impl Connection {
     /// Negotiates, and connects.
-    pub(super) fn negotiate(
-        settings: &Settings,
-        reference: &Reference,
-        credential: &Credential,
-    ) -> Result<Result<Self, Trouble>> {
+    pub(super) fn negotiate(settings: Arc<Settings>, peer: Arc<Peer>) -> Result<Result<Self, Trouble>> {
         let runtime = runtime()?;
-        let access = match runtime.block_on(settings.negotiate(reference, credential)) {
-            Ok(access) => access,
-            Err(trouble) => return Ok(Err(trouble)),
-        };
-        Ok(Self::on(runtime, settings, reference, access))
+        Ok(runtime.block_on(settings.negotiate(&peer)).map(|(http, access)| Self { settings, peer, runtime, http, access }))
     }
 
     /// Another connection of the same kind, for another thread.
-    pub(super) fn open(settings: &Settings, reference: &Reference, access: Access) -> Result<Result<Self, Trouble>> {
-        Ok(Self::on(runtime()?, settings, reference, access))
+    pub(super) fn another(&self) -> Result<Result<Self, Trouble>> {
+        let (settings, peer, access) = (self.settings.clone(), self.peer.clone(), self.access.clone());
+        let runtime = runtime()?;
+        Ok(settings.http(access.way).map(|http| Self { settings, peer, runtime, http, access }))
     }
 
-    fn on(runtime: tokio::runtime::Runtime, settings: &Settings, reference: &Reference, access: Access) -> Result<Self, Trouble> {
-        let client = settings.client(access.way, reference.address())?;
-        runtime.block_on(client.store_auth_if_needed(reference.address(), &access.auth));
-        Ok(Self { runtime, client, access })
+    /// One try of `attempt`.
+    pub(super) fn once<T>(&self, attempt: impl AsyncFnOnce(Wire<'_>) -> Result<T, Trouble>) -> Result<T, Trouble> {
+        let Access { way, auth, .. } = &self.access;
+        let wire = Wire { http: &self.http, way: *way, address: self.peer.address(), repository: &self.peer.repository, auth };
+        self.runtime.block_on(attempt(wire))
     }
 
-    pub(super) fn block_on<T>(&self, future: impl Future<Output = T>) -> T {
-        self.runtime.block_on(future)
+    /// Tries until it succeeds, fails for good, or its pauses are used up; a right that has run out is renewed once.
+    pub(super) fn call<T>(&mut self, attempt: impl AsyncFn(Wire<'_>) -> Result<T, Trouble>) -> Result<T, Trouble> {
+        let (mut failures, mut renewed) = (0, false);
+        loop {
+            let trouble = match self.once(&attempt) {
+                Ok(value) => return Ok(value),
+                Err(trouble) => trouble,
+            };
+            if !renewed && self.renew(&trouble) {
+                renewed = true;
+                continue;
+            }
+            match trouble.pause(failures) {
+                Some(pause) => std::thread::sleep(pause),
+                None => return Err(trouble),
+            }
+            failures += 1;
+        }
+    }
+
+    /// Whether there is another right to show after `trouble`: registries that let everybody read
+    /// ask for it at the first write only.
+    pub(super) fn renew(&mut self, trouble: &Trouble) -> bool {
+        let Trouble::Status { code: 401, said, .. } = trouble else { return false };
+        let challenges = if said.challenges.is_empty() { &self.access.challenges } else { &said.challenges };
+        let scopes = self.peer.scopes();
+        let ask = token::Ask { http: &self.http, way: self.access.way, scopes: &scopes, credential: &self.peer.found.credential };
+        match self.runtime.block_on(ask.answer(challenges)) {
+            Ok(auth) if auth != self.access.auth => {
+                self.access.auth = auth;
+                true
+            }
+            _ => false,
+        }
     }
 }
 
@@ -257,13 +314,16 @@ mod tests {
             ("quay.io/x/y", vec![checked]),
             ("127.0.0.1:5000/x", vec![plain, checked]),
             ("localhost:5000/x", vec![plain, checked]),
+            ("[::1]:5000/x", vec![plain, checked]),
+            ("[2001:db8::1]:5000/x", vec![checked]),
             ("lab.example/x", vec![unchecked, plain]),
             ("lab.example:444/x", vec![unchecked, plain]),
             ("a.example:5000/x", vec![unchecked, plain]),
             ("a.example/x", vec![checked]),
             ("localhost.evil.example/x", vec![checked]),
         ] {
-            assert_eq!(settings.ways(&reference.parse().unwrap()), expected, "{reference}");
+            let reference: super::super::Reference = reference.parse().unwrap();
+            assert_eq!(settings.ways(reference.registry()), expected, "{reference}");
         }
     }
 

@@ -1,13 +1,15 @@
-//! What a registry answers for a name: an image index or an image manifest, in OCI's or Docker's
+//! What a registry holds under a name: an image index or an image manifest, in OCI's or Docker's
 //! dialect. Reads and checks them; nothing here is asynchronous or talks to anybody.
 
-use serde::Deserialize;
+use std::collections::BTreeMap;
+
+use serde::{Deserialize, Serialize};
 
 use super::reference::Reference;
 use crate::error::Problem;
 use crate::oci::digest::Digest;
 
-const OCI_INDEX: &str = "application/vnd.oci.image.index.v1+json";
+pub(super) const OCI_INDEX: &str = "application/vnd.oci.image.index.v1+json";
 const OCI_MANIFEST: &str = "application/vnd.oci.image.manifest.v1+json";
 const DOCKER_LIST: &str = "application/vnd.docker.distribution.manifest.list.v2+json";
 const DOCKER_MANIFEST: &str = "application/vnd.docker.distribution.manifest.v2+json";
@@ -28,7 +30,7 @@ const LAYERS: [&str; 6] = [
 ];
 
 /// A piece of content by its digest.
-#[derive(Debug, Clone, PartialEq, Eq, Deserialize)]
+#[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
 #[serde(rename_all = "camelCase")]
 pub struct Descriptor {
     pub media_type: String,
@@ -36,22 +38,45 @@ pub struct Descriptor {
     pub size: u64,
 }
 
-#[derive(Debug, Clone, PartialEq, Eq, Deserialize)]
-#[serde(rename_all = "camelCase")]
-pub(super) struct Entry {
-    pub digest: Digest,
-    #[serde(default)]
-    platform: Option<Platform>,
+impl Descriptor {
+    /// Whether registries do not hold such blobs (image specification, "Non-Distributable Layers").
+    pub(super) fn is_foreign(&self) -> bool {
+        self.media_type.contains("nondistributable") || self.media_type.contains("foreign")
+    }
 }
 
-#[derive(Debug, Clone, PartialEq, Eq, Deserialize)]
-struct Platform {
+/// An entry of an index, or of a list of referrers.
+#[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
+#[serde(rename_all = "camelCase")]
+pub struct Entry {
+    #[serde(flatten)]
+    pub descriptor: Descriptor,
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub platform: Option<Platform>,
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub artifact_type: Option<String>,
+    #[serde(default, skip_serializing_if = "BTreeMap::is_empty")]
+    pub annotations: BTreeMap<String, String>,
+}
+
+/// What an image runs on (image specification, "Image Index", `platform`).
+#[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
+pub struct Platform {
     #[serde(default)]
-    os: String,
+    pub os: String,
     #[serde(default)]
-    architecture: String,
-    #[serde(default)]
-    variant: Option<String>,
+    pub architecture: String,
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub variant: Option<String>,
+    /// `os.version` and what else there is.
+    #[serde(flatten)]
+    pub rest: BTreeMap<String, serde_json::Value>,
+}
+
+impl Platform {
+    pub(super) fn is_ours(&self) -> bool {
+        self.os == "linux" && self.architecture == "amd64"
+    }
 }
 
 impl std::fmt::Display for Platform {
@@ -71,12 +96,28 @@ struct Raw {
     manifests: Option<Vec<Entry>>,
     config: Option<Descriptor>,
     layers: Option<Vec<Descriptor>>,
+    subject: Option<Descriptor>,
+    #[serde(default)]
+    annotations: Option<BTreeMap<String, String>>,
 }
 
-#[derive(Debug)]
-pub(super) enum Document {
-    Index { media_type: String, manifests: Vec<Entry> },
-    Manifest { media_type: String, artifact_type: Option<String>, config: Descriptor, layers: Vec<Descriptor> },
+/// A manifest or index that was read.
+#[derive(Debug, Clone)]
+pub(super) struct Document {
+    pub media_type: String,
+    /// Its own, else (of a manifest) its configuration's type (distribution specification, "Listing Referrers").
+    pub artifact_type: Option<String>,
+    pub subject: Option<Descriptor>,
+    pub annotations: BTreeMap<String, String>,
+    pub names: Names,
+    is_index: bool,
+}
+
+/// What a document names: an index has manifests, a manifest has blobs, the configuration first.
+#[derive(Debug, Clone, Default, PartialEq, Eq)]
+pub(super) struct Names {
+    pub manifests: Vec<Entry>,
+    pub blobs: Vec<Descriptor>,
 }
 
 /// A manifest whose parts can all be used.
@@ -99,39 +140,52 @@ impl Document {
         }
         let media_type = raw.media_type.as_deref();
         // A document that could be read as either is refused (CVE-2021-41190).
-        match (raw.manifests, raw.config, raw.layers) {
+        let (is_index, default, names) = match (raw.manifests, raw.config, raw.layers) {
             (Some(manifests), None, None) if media_type.is_none_or(|kind| [OCI_INDEX, DOCKER_LIST].contains(&kind)) => {
-                Ok(Document::Index { media_type: media_type.unwrap_or(OCI_INDEX).into(), manifests })
+                (true, OCI_INDEX, Names { manifests, blobs: Vec::new() })
             }
             (None, Some(config), Some(layers))
                 if media_type.is_none_or(|kind| [OCI_MANIFEST, DOCKER_MANIFEST].contains(&kind)) =>
             {
-                Ok(Document::Manifest {
-                    media_type: media_type.unwrap_or(OCI_MANIFEST).into(),
-                    artifact_type: raw.artifact_type,
-                    config,
-                    layers,
-                })
+                let blobs = std::iter::once(config).chain(layers).collect();
+                (false, OCI_MANIFEST, Names { manifests: Vec::new(), blobs })
             }
-            _ => Err(match media_type {
-                Some(media_type) => format!("its manifest says `{media_type}` and does not look like one"),
-                None => "its manifest is neither an image manifest nor an index".into(),
-            }),
-        }
+            _ => {
+                return Err(match media_type {
+                    Some(media_type) => format!("its manifest says `{media_type}` and does not look like one"),
+                    None => "its manifest is neither an image manifest nor an index".into(),
+                });
+            }
+        };
+        let config_type = names.blobs.first().map(|config| config.media_type.clone());
+        Ok(Self {
+            artifact_type: raw.artifact_type.filter(|kind| !kind.is_empty()).or(config_type),
+            media_type: raw.media_type.unwrap_or_else(|| default.into()),
+            subject: raw.subject,
+            annotations: raw.annotations.unwrap_or_default(),
+            names,
+            is_index,
+        })
     }
 
-    pub(super) fn media_type(&self) -> &str {
-        match self {
-            Document::Index { media_type, .. } | Document::Manifest { media_type, .. } => media_type,
-        }
+    pub(super) fn is_index(&self) -> bool {
+        self.is_index
+    }
+
+    /// Whether this is one image for several platforms: then those of other machines are of no use here.
+    pub(super) fn is_multi_platform(&self) -> bool {
+        let platforms = || self.names.manifests.iter().filter_map(|entry| entry.platform.as_ref());
+        let is_known = |platform: &Platform| !platform.os.is_empty() && platform.os != "unknown";
+        self.is_index && self.artifact_type.is_none() && platforms().any(is_known)
     }
 
     /// The entry of an index to go on with; nothing when this is a manifest.
     pub(super) fn for_platform(&self, reference: &Reference) -> Result<Option<Entry>, Problem> {
-        let Document::Index { manifests, .. } = self else { return Ok(None) };
-        let fits = |entry: &&Entry| {
-            entry.platform.as_ref().is_some_and(|platform| platform.os == "linux" && platform.architecture == "amd64")
-        };
+        if !self.is_index {
+            return Ok(None);
+        }
+        let manifests = &self.names.manifests;
+        let fits = |entry: &&Entry| entry.platform.as_ref().is_some_and(Platform::is_ours);
         // Where there are several, the one every x86-64 machine can run.
         let plain = |entry: &&Entry| {
             entry.platform.as_ref().is_some_and(|platform| platform.variant.as_deref().is_none_or(|v| v == "v1"))
@@ -153,18 +207,22 @@ impl Document {
 
     /// The parts of an image manifest, each of a kind that can be used.
     pub(super) fn image(self, reference: &Reference, digest: Digest, size: u64) -> Result<Image, Problem> {
-        let (media_type, artifact_type, config, layers) = match self {
-            Document::Index { .. } => {
-                return Err(Problem::failed(format!("`{reference}` is an index inside an index, which is not supported")));
-            }
-            Document::Manifest { media_type, artifact_type, config, layers } => (media_type, artifact_type, config, layers),
+        if self.is_index {
+            return Err(Problem::failed(format!("`{reference}` is an index inside an index, which is not supported")));
+        }
+        let Document { media_type, artifact_type, names, .. } = self;
+        let mut blobs = names.blobs.into_iter();
+        let Some(config) = blobs.next() else {
+            return Err(Problem::failed(format!("`{reference}` has no configuration")));
         };
+        let layers: Vec<Descriptor> = blobs.collect();
         if !CONFIGS.contains(&config.media_type.as_str()) {
             let kind = artifact_type.unwrap_or(config.media_type);
             return Err(Problem::failed(format!("`{reference}` is not an image but an artifact of type `{kind}`")));
         }
-        for Descriptor { media_type, digest, .. } in &layers {
-            if media_type.contains("nondistributable") || media_type.contains("foreign") {
+        for layer in &layers {
+            let Descriptor { media_type, digest, .. } = layer;
+            if layer.is_foreign() {
                 return Err(Problem::failed(format!(
                     "layer `{digest}` of `{reference}` is a foreign one (`{media_type}`), which registries do not hold"
                 ))
@@ -185,7 +243,7 @@ impl Document {
 pub(super) fn check_platform(reference: &Reference, config: &[u8]) -> Result<(), Problem> {
     let platform: Platform = serde_json::from_slice(config)
         .map_err(|error| Problem::failed(format!("the configuration of `{reference}` cannot be read: {error}")))?;
-    if platform.os == "linux" && platform.architecture == "amd64" {
+    if platform.is_ours() {
         return Ok(());
     }
     Err(Problem::failed(format!("`{reference}` has no image for `linux/amd64`; it has `{platform}`")))
@@ -237,7 +295,7 @@ mod tests {
         ] {
             let chosen = index(&entries).for_platform(&reference());
             assert_eq!(
-                chosen.map(|entry| entry.unwrap().digest).map_err(|problem| problem.message),
+                chosen.map(|entry| entry.unwrap().descriptor.digest).map_err(|problem| problem.message),
                 expected.map(digest).map_err(str::to_owned)
             );
         }

@@ -1,20 +1,38 @@
-//! The right to pull: reads what a registry asks for in `WWW-Authenticate` and gets a token from
-//! its token service (distribution specification, "Token Authentication"). Done here and not by
-//! the protocol crate because that one knows no identity tokens and drops the service's status.
+//! The right to pull or push: reads what a registry asks for in `WWW-Authenticate` and gets a token
+//! from its token service (distribution specification, "Token Authentication").
 
-use oci_client::secrets::RegistryAuth;
+use std::fmt;
 
-use super::connection::{Way, retrying};
+use super::connection::{Way, in_time, retrying};
 use super::trouble::Trouble;
 use crate::oci::credentials::Credential;
 
 /// A name for the token service's log.
 const CLIENT_ID: &str = "pipeline";
 
+/// What is sent with each request.
+#[derive(Clone, PartialEq, Eq)]
+pub(super) enum Auth {
+    Anonymous,
+    Basic { user: String, password: String },
+    Bearer(String),
+}
+
+impl fmt::Debug for Auth {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        f.write_str(match self {
+            Auth::Anonymous => "Anonymous",
+            Auth::Basic { .. } => "Basic(…)",
+            Auth::Bearer(_) => "Bearer(…)",
+        })
+    }
+}
+
 pub(super) struct Ask<'a> {
     pub http: &'a reqwest::Client,
     pub way: Way,
-    pub repository: &'a str,
+    /// `repository:NAME:ACTION[,ACTION]` each.
+    pub scopes: &'a [String],
     pub credential: &'a Credential,
 }
 
@@ -34,20 +52,20 @@ impl Challenge {
 impl Ask<'_> {
     /// What to send with each request. Without a challenge, or with one there is no credential
     /// for, nothing: the request itself tells whether that is enough.
-    pub(super) async fn answer(&self, challenges: &[String]) -> Result<RegistryAuth, Trouble> {
+    pub(super) async fn answer(&self, challenges: &[String]) -> Result<Auth, Trouble> {
         if let Credential::Bearer(token) = self.credential {
-            return Ok(RegistryAuth::Bearer(token.clone()));
+            return Ok(Auth::Bearer(token.clone()));
         }
         let challenges: Vec<Challenge> = challenges.iter().flat_map(|text| parse(text)).collect();
         if let Some(bearer) = challenges.iter().find(|challenge| challenge.scheme == "bearer" && challenge.get("realm").is_some())
         {
-            return retrying(async || self.token(bearer).await).await.map(RegistryAuth::Bearer);
+            return retrying(async || self.token(bearer).await).await.map(Auth::Bearer);
         }
         match self.credential {
             Credential::Password { user, password } if challenges.iter().any(|challenge| challenge.scheme == "basic") => {
-                Ok(RegistryAuth::Basic(user.clone(), password.clone()))
+                Ok(Auth::Basic { user: user.clone(), password: password.clone() })
             }
-            _ => Ok(RegistryAuth::Anonymous),
+            _ => Ok(Auth::Anonymous),
         }
     }
 
@@ -56,25 +74,37 @@ impl Ask<'_> {
         if *self.credential != Credential::Anonymous && !self.way.plain && !realm.to_ascii_lowercase().starts_with("https://") {
             return Err(Trouble::Other("it wants the credentials sent to a token service without TLS".into()));
         }
-        let scope = format!("repository:{}:pull", self.repository);
-        let mut parameters = vec![("scope", scope.as_str())];
+        // One parameter in a form, several in a query (distribution specification, "OAuth2 Token Authentication").
+        let joined = self.scopes.join(" ");
+        let mut parameters: Vec<(&str, &str)> = Vec::new();
         parameters.extend(challenge.get("service").map(|service| ("service", service)));
         let request = match self.credential {
             Credential::Identity(token) => {
+                parameters.push(("scope", &joined));
                 parameters.extend([("grant_type", "refresh_token"), ("client_id", CLIENT_ID), ("refresh_token", token)]);
                 self.http.post(realm).form(&parameters)
             }
-            Credential::Password { user, password } => self.http.get(realm).query(&parameters).basic_auth(user, Some(password)),
-            Credential::Anonymous | Credential::Bearer(_) => self.http.get(realm).query(&parameters),
+            _ => {
+                parameters.extend(self.scopes.iter().map(|scope| ("scope", scope.as_str())));
+                let request = self.http.get(realm).query(&parameters);
+                match self.credential {
+                    Credential::Password { user, password } => request.basic_auth(user, Some(password)),
+                    _ => request,
+                }
+            }
         };
-        let response = request.send().await?;
+        let response = in_time(request.send()).await?;
         let status = response.status();
-        let body = response.text().await?;
         // A refresh token that is no longer good is a 400 (RFC 6749, section 5.2).
         let refused = status.as_u16() == 400 && matches!(self.credential, Credential::Identity(_));
         if !status.is_success() {
-            return Err(Trouble::from_status(if refused { 401 } else { status.as_u16() }, &body));
+            let mut trouble = Trouble::from_response(response).await;
+            if let (true, Trouble::Status { code, .. }) = (refused, &mut trouble) {
+                *code = 401;
+            }
+            return Err(trouble);
         }
+        let body = in_time(response.text()).await?;
         let answer: serde_json::Value = serde_json::from_str(&body).unwrap_or_default();
         let token = ["token", "access_token"].iter().find_map(|key| answer[key].as_str()).filter(|token| !token.is_empty());
         token.map(str::to_owned).ok_or_else(|| Trouble::Other("its token service answered without a token".into()))

@@ -2,36 +2,30 @@
 //! stopped, and gives the last bytes only after the digest of all of them was right.
 
 use std::io::{self, Read};
+use std::sync::Arc;
 use std::sync::atomic::{AtomicBool, Ordering};
 
-use futures_util::StreamExt as _;
-use oci_client::client::{BlobResponse, SizedStream};
-
 use super::Descriptor;
-use super::connection::Connection;
-use super::reference::Reference;
-use super::trouble::{RETRY_PAUSES, Trouble};
+use super::connection::{Connection, in_time};
+use super::trouble::Trouble;
 use crate::oci::digest::Hasher;
 
 /// A try that brought this much was no failure of the registry as a whole: the count starts anew.
 const PROGRESS_BYTES: u64 = 4 * 1024 * 1024;
 
-/// Gets a new right to pull when the old one has run out in the middle of a long transfer.
-pub(super) type Renew<'a> = &'a (dyn Fn() -> anyhow::Result<Result<Connection, Trouble>> + Sync);
-
-pub(super) struct BlobReader<'a> {
+#[derive(Debug)]
+pub(super) struct BlobReader {
     connection: Connection,
-    renew: Renew<'a>,
-    reference: &'a Reference,
-    blob: &'a Descriptor,
+    blob: Descriptor,
     /// Set when another transfer of the same pull has failed.
-    stop: &'a AtomicBool,
-    stream: Option<SizedStream>,
+    stop: Arc<AtomicBool>,
+    answer: Option<reqwest::Response>,
     /// Bytes of a full answer that were had already.
     skip: u64,
     chunk: Vec<u8>,
     position: usize,
     received: u64,
+    /// `None` when the digest is not checked, or was.
     hasher: Option<Hasher>,
     /// Tries in a row that failed, and where the first of them began.
     failures: usize,
@@ -41,28 +35,26 @@ pub(super) struct BlobReader<'a> {
     trouble: Option<Trouble>,
 }
 
-impl<'a> BlobReader<'a> {
+impl BlobReader {
+    /// Reads after the first `have` bytes, which `hasher` has digested; without one nobody checks the digest.
     pub(super) fn new(
         connection: Connection,
-        renew: Renew<'a>,
-        reference: &'a Reference,
-        blob: &'a Descriptor,
-        stop: &'a AtomicBool,
+        blob: &Descriptor,
+        (have, hasher): (u64, Option<Hasher>),
+        stop: &Arc<AtomicBool>,
     ) -> Self {
         Self {
             connection,
-            renew,
-            reference,
-            blob,
-            stop,
-            stream: None,
+            blob: blob.clone(),
+            stop: stop.clone(),
+            answer: None,
             skip: 0,
             chunk: Vec::new(),
             position: 0,
-            received: 0,
-            hasher: Some(Hasher::new()),
+            received: have,
+            hasher,
             failures: 0,
-            failed_at: 0,
+            failed_at: have,
             renewed: false,
             trouble: None,
         }
@@ -75,50 +67,35 @@ impl<'a> BlobReader<'a> {
 
     /// The next bytes, from a new request when there is none under way.
     fn next(&mut self) -> Result<Vec<u8>, Trouble> {
-        if self.stream.is_none() {
-            let (stream, skip) = self.request()?;
-            (self.stream, self.skip) = (Some(stream), skip);
-        }
-        let stream = self.stream.as_mut().expect("set above");
+        let mut answer = match self.answer.take() {
+            Some(answer) => answer,
+            None => {
+                let (digest, offset) = (self.blob.digest, self.received);
+                let (answer, skip) = self.connection.once(async |wire| wire.blob(&digest, offset).await)?;
+                self.skip = skip;
+                answer
+            }
+        };
         loop {
-            let mut bytes = match self.connection.block_on(stream.next()) {
-                Some(bytes) => Vec::from(bytes.map_err(Trouble::from)?),
-                None => return Err(Trouble::Broken(format!("it ended after {} of {} bytes", self.received, self.blob.size))),
+            let chunk = self.connection.once(async |_| in_time(answer.chunk()).await)?;
+            let Some(bytes) = chunk else {
+                return Err(Trouble::Broken(format!("it ended after {} of {} bytes", self.received, self.blob.size)));
             };
             let known = usize::try_from(self.skip).unwrap_or(usize::MAX).min(bytes.len());
             self.skip -= known as u64;
-            bytes.drain(..known);
-            if !bytes.is_empty() {
-                return Ok(bytes);
+            if known < bytes.len() {
+                self.answer = Some(answer);
+                return Ok(bytes[known..].to_vec());
             }
         }
-    }
-
-    /// Asks for the blob from where we are; a server without ranges sends all of it again.
-    fn request(&self) -> Result<(SizedStream, u64), Trouble> {
-        let (client, image) = (&self.connection.client, self.reference.inner());
-        let digest = self.blob.digest.to_string();
-        let layer = oci_client::client::LayerDescriptor { digest: &digest, urls: &None };
-        self.connection.block_on(async {
-            if self.received == 0 {
-                return Ok((client.pull_blob_stream(image, &layer).await?, 0));
-            }
-            Ok(match client.pull_blob_stream_partial(image, &layer, self.received, None).await? {
-                BlobResponse::Partial(stream) => (stream, 0),
-                BlobResponse::Full(stream) => (stream, self.received),
-            })
-        })
     }
 
     /// Whether to go on after `trouble`; waits before it says so.
     fn goes_on(&mut self, trouble: &Trouble) -> bool {
-        self.stream = None;
-        if trouble.status() == Some(401) && !self.renewed {
+        self.answer = None;
+        if !self.renewed && self.connection.renew(trouble) {
             self.renewed = true;
-            if let Ok(Ok(connection)) = (self.renew)() {
-                self.connection = connection;
-                return true;
-            }
+            return true;
         }
         if self.received - self.failed_at >= PROGRESS_BYTES {
             (self.failures, self.renewed) = (0, false);
@@ -126,13 +103,13 @@ impl<'a> BlobReader<'a> {
         if self.failures == 0 {
             self.failed_at = self.received;
         }
-        match RETRY_PAUSES.get(self.failures) {
-            Some(pause) if trouble.may_pass() => {
+        match trouble.pause(self.failures) {
+            Some(pause) => {
                 self.failures += 1;
-                std::thread::sleep(*pause);
+                std::thread::sleep(pause);
                 true
             }
-            _ => false,
+            None => false,
         }
     }
 
@@ -140,7 +117,7 @@ impl<'a> BlobReader<'a> {
     fn check(&mut self, bytes: &[u8]) -> Result<(), Trouble> {
         self.received += bytes.len() as u64;
         if self.received > self.blob.size {
-            return Err(Trouble::Other(format!("it sent more than the {} bytes of the manifest", self.blob.size)));
+            return Err(Trouble::TooLong(self.blob.size));
         }
         if let Some(hasher) = &mut self.hasher {
             hasher.update(bytes);
@@ -157,20 +134,27 @@ impl<'a> BlobReader<'a> {
     }
 
     fn fail(&mut self, trouble: Trouble) -> io::Error {
-        let error = io::Error::other(trouble.to_string());
+        // The sink keeps what came of a transfer that broke, and nothing of one that was wrong.
+        let kind = if trouble.is_wrong() { io::ErrorKind::InvalidData } else { io::ErrorKind::Other };
+        let error = io::Error::new(kind, trouble.to_string());
         self.trouble = Some(trouble);
         error
     }
 }
 
-impl Read for BlobReader<'_> {
+impl Read for BlobReader {
     fn read(&mut self, buffer: &mut [u8]) -> io::Result<usize> {
         while self.position == self.chunk.len() {
             if let Some(trouble) = &self.trouble {
                 return Err(io::Error::other(trouble.to_string()));
             }
             if self.received == self.blob.size {
-                return Ok(0);
+                // An empty blob has a digest too.
+                return if self.hasher.is_some() {
+                    self.check(&[]).map_err(|trouble| self.fail(trouble)).map(|()| 0)
+                } else {
+                    Ok(0)
+                };
             }
             if self.stop.load(Ordering::Relaxed) {
                 return Err(io::Error::other("another layer could not be pulled"));

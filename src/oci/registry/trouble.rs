@@ -1,20 +1,33 @@
-//! What a request to a registry ended with: one classification for the errors of the protocol
-//! crate, of HTTP and of sockets. It decides what is tried again, and is told without URLs
-//! (a redirect's may be signed) and without anything that was sent.
+//! What a request to a registry ended with: one classification for the answers of the protocol,
+//! the errors of HTTP and those of sockets. It decides what is tried again and after which pause,
+//! and is told without URLs (a redirect's may be signed) and without anything that was sent.
 
 use std::error::Error;
 use std::time::Duration;
 
-use oci_client::errors::{DigestError, OciDistributionError, OciErrorCode};
-
 /// Pauses before another try: a registry that restarts or limits its rate is usually back within
 /// seconds, and a build that waits longer than this without a word looks hung.
 pub(super) const RETRY_PAUSES: [Duration; 3] = [Duration::from_millis(300), Duration::from_secs(1), Duration::from_secs(4)];
+/// A registry that wants a longer pause than this (`Retry-After`) is told of, not waited for.
+const LONGEST_PAUSE: Duration = Duration::from_secs(60);
+/// Bytes that are read of an answer that is no success: a sentence is all that is told of it.
+const BODY_LIMIT: usize = 64 << 10;
+
+/// What an answer that is no success says beside its words.
+#[derive(Debug, Clone, Default, PartialEq, Eq)]
+pub(super) struct Said {
+    /// `Retry-After` (RFC 9110, section 10.2.3).
+    pub retry_after: Option<Duration>,
+    /// `WWW-Authenticate`, one text for each header.
+    pub challenges: Vec<String>,
+    /// The protocol's error codes (distribution specification, "Error Codes"): `DENIED`, `DIGEST_INVALID`, …
+    pub codes: Vec<String>,
+}
 
 #[derive(Debug, Clone, PartialEq, Eq, thiserror::Error)]
 pub(super) enum Trouble {
-    #[error("it answered with status {code}{}", words(.message))]
-    Status { code: u16, message: String },
+    #[error("it answered with status {code}{}{}", words(.message), patience(.said))]
+    Status { code: u16, message: String, said: Box<Said> },
     #[error("it cannot be reached: {0}")]
     Unreachable(String),
     #[error("its certificate was not accepted: {0}")]
@@ -25,6 +38,8 @@ pub(super) enum Trouble {
     Timeout,
     #[error("the content does not have its digest: expected `{expected}`, got `{actual}`")]
     Digest { expected: String, actual: String },
+    #[error("it sent more than the {0} bytes of the manifest")]
+    TooLong(u64),
     #[error("{0}")]
     Other(String),
 }
@@ -45,9 +60,31 @@ impl Trouble {
         }
     }
 
+    /// Whether something came that is not what was asked for.
+    pub(super) fn is_wrong(&self) -> bool {
+        matches!(self, Trouble::Digest { .. } | Trouble::TooLong(_))
+    }
+
     /// Whether trying the whole command again later may help.
     pub(super) fn is_transient(&self) -> bool {
         self.may_pass() || matches!(self, Trouble::Unreachable(_))
+    }
+
+    /// How long to wait before the next try when `failures` came before this one; nothing when it is not tried again.
+    pub(super) fn pause(&self, failures: usize) -> Option<Duration> {
+        let pause = *RETRY_PAUSES.get(failures).filter(|_| self.may_pass())?;
+        match self {
+            Trouble::Status { said, .. } => match said.retry_after {
+                Some(asked) => (asked <= LONGEST_PAUSE).then(|| asked.max(pause)),
+                None => Some(pause),
+            },
+            _ => Some(pause),
+        }
+    }
+
+    /// Whether the answer has the protocol's error code `code`.
+    pub(super) fn has_code(&self, code: &str) -> bool {
+        matches!(self, Trouble::Status { said, .. } if said.codes.iter().any(|said| said == code))
     }
 
     pub(super) fn status(&self) -> Option<u16> {
@@ -59,8 +96,46 @@ impl Trouble {
 
     /// An answer that is not a success, with what its body says.
     pub(super) fn from_status(code: u16, body: &str) -> Self {
-        Trouble::Status { code, message: first_words(body) }
+        let said = Said { codes: error_codes(body), ..Said::default() };
+        Trouble::Status { code, message: first_words(body), said: Box::new(said) }
     }
+
+    /// The same with what the headers say.
+    pub(super) async fn from_response(mut response: reqwest::Response) -> Self {
+        let headers = response.headers().clone();
+        let mut body = Vec::new();
+        while let (true, Ok(Some(bytes))) = (body.len() < BODY_LIMIT, response.chunk().await) {
+            body.extend_from_slice(&bytes);
+        }
+        let mut trouble = Trouble::from_status(response.status().as_u16(), &String::from_utf8_lossy(&body));
+        if let Trouble::Status { said, .. } = &mut trouble {
+            let text = |name: &str| headers.get(name).and_then(|value| value.to_str().ok());
+            said.retry_after = text("retry-after").and_then(|after| retry_after(after, text("date")));
+            said.challenges =
+                headers.get_all("www-authenticate").iter().filter_map(|value| value.to_str().ok()).map(str::to_owned).collect();
+        }
+        trouble
+    }
+}
+
+fn patience(said: &Said) -> String {
+    said.retry_after.map_or_else(String::new, |asked| format!(" and asks to wait {} s", asked.as_secs()))
+}
+
+/// Seconds, or a date: then measured by the server's own clock, since ours may differ.
+fn retry_after(after: &str, now: Option<&str>) -> Option<Duration> {
+    if let Ok(seconds) = after.trim().parse() {
+        return Some(Duration::from_secs(seconds));
+    }
+    let parse = |text: &str| jiff::fmt::rfc2822::DateTimeParser::new().parse_timestamp(text).ok();
+    let seconds = parse(after)?.as_second() - parse(now?)?.as_second();
+    Some(Duration::from_secs(u64::try_from(seconds).unwrap_or(0)))
+}
+
+fn error_codes(body: &str) -> Vec<String> {
+    let value: serde_json::Value = serde_json::from_str(body).unwrap_or_default();
+    let errors = value["errors"].as_array().into_iter().flatten();
+    errors.filter_map(|error| error["code"].as_str()).map(str::to_owned).collect()
 }
 
 /// The registry's own words: the messages of the protocol's error list, or the first line of text.
@@ -82,46 +157,6 @@ fn first_words(body: &str) -> String {
         Err(_) => body.lines().next().unwrap_or("").trim().to_owned(),
     };
     text.chars().filter(|c| !c.is_control()).take(LIMIT).collect()
-}
-
-impl From<OciDistributionError> for Trouble {
-    fn from(error: OciDistributionError) -> Self {
-        match error {
-            OciDistributionError::RequestError(error) => error.into(),
-            OciDistributionError::IoError(error) => error.into(),
-            OciDistributionError::DigestError(error) => error.into(),
-            OciDistributionError::ServerError { code, message, .. } => Trouble::from_status(code, &message),
-            OciDistributionError::UnauthorizedError { .. } => Trouble::Status { code: 401, message: String::new() },
-            OciDistributionError::AuthenticationFailure(body) => Trouble::from_status(401, &body),
-            OciDistributionError::RegistryError { envelope, .. } => {
-                let message = envelope.errors.iter().map(|error| error.message.as_str()).filter(|message| !message.is_empty());
-                let message = message.collect::<Vec<_>>().join("; ");
-                // The crate keeps the code of the protocol and drops the one of HTTP.
-                let code = envelope.errors.first().map_or(400, |error| match &error.code {
-                    OciErrorCode::Unauthorized => 401,
-                    OciErrorCode::Denied => 403,
-                    OciErrorCode::BlobUnknown
-                    | OciErrorCode::ManifestBlobUnknown
-                    | OciErrorCode::ManifestUnknown
-                    | OciErrorCode::NameUnknown
-                    | OciErrorCode::NotFound => 404,
-                    OciErrorCode::Toomanyrequests => 429,
-                    _ => 400,
-                });
-                Trouble::Status { code, message: message.chars().filter(|c| !c.is_control()).collect() }
-            }
-            other => Trouble::Other(format!("the answer does not follow the distribution protocol: {other}")),
-        }
-    }
-}
-
-impl From<DigestError> for Trouble {
-    fn from(error: DigestError) -> Self {
-        match error {
-            DigestError::VerificationError { expected, actual } => Trouble::Digest { expected, actual },
-            other => Trouble::Other(other.to_string()),
-        }
-    }
 }
 
 impl From<reqwest::Error> for Trouble {
@@ -155,10 +190,7 @@ impl From<std::io::Error> for Trouble {
             },
             Some(inner) => match inner.downcast::<reqwest::Error>() {
                 Ok(error) => (*error).into(),
-                Err(inner) => match inner.downcast::<DigestError>() {
-                    Ok(error) => (*error).into(),
-                    Err(inner) => Trouble::Broken(inner.to_string()),
-                },
+                Err(inner) => Trouble::Broken(inner.to_string()),
             },
         }
     }
@@ -220,6 +252,35 @@ mod tests {
     }
 
     #[test]
+    fn a_pause_is_as_long_as_the_registry_asks_within_reason() {
+        let date = Some("Sun, 06 Nov 1994 08:49:37 GMT");
+        for (after, now, expected) in [
+            ("7", None, Some(7)),
+            ("Sun, 06 Nov 1994 08:49:47 GMT", date, Some(10)),
+            ("Sun, 06 Nov 1994 08:49:27 GMT", date, Some(0)),
+            ("Sun, 06 Nov 1994 08:49:47 GMT", None, None),
+            ("soon", date, None),
+        ] {
+            assert_eq!(retry_after(after, now), expected.map(Duration::from_secs), "{after}");
+        }
+        let asking = |code, seconds| {
+            let said = Said { retry_after: Some(Duration::from_secs(seconds)), ..Said::default() };
+            Trouble::Status { code, message: String::new(), said: Box::new(said) }
+        };
+        for (trouble, failures, expected) in [
+            (asking(429, 7), 0, Some(Duration::from_secs(7))),
+            (asking(429, 2), 2, Some(RETRY_PAUSES[2])),
+            (asking(429, 61), 0, None),
+            (asking(403, 1), 0, None),
+            (Trouble::Timeout, 1, Some(RETRY_PAUSES[1])),
+            (Trouble::Timeout, 3, None),
+        ] {
+            assert_eq!(trouble.pause(failures), expected, "{trouble:?}");
+        }
+        assert_eq!(asking(429, 61).to_string(), "it answered with status 429 and asks to wait 61 s");
+    }
+
+    #[test]
     fn the_registrys_words_are_kept_short() {
         for (body, expected) in [
             (r#"{"errors":[{"code":"DENIED","message":"no"},{"code":"X","message":"really"}]}"#, "no; really"),
@@ -231,6 +292,8 @@ mod tests {
             assert_eq!(first_words(body), expected, "{body}");
         }
         assert_eq!(first_words(&"x".repeat(1000)).len(), 200);
+        let trouble = Trouble::from_status(400, r#"{"errors":[{"code":"DIGEST_INVALID","message":"no"}]}"#);
+        assert!(trouble.has_code("DIGEST_INVALID") && !trouble.has_code("DENIED"));
         assert_eq!(Trouble::from_status(403, "no\u{1b}[31m").to_string(), "it answered with status 403 (no[31m)");
         assert_eq!(Trouble::from_status(502, "<html>").to_string(), "it answered with status 502");
     }

@@ -1,0 +1,729 @@
+//! Pushes, copies and complete pulls, between stores, Debian's `docker-registry` (which has no list
+//! of referrers) and a registry in memory that fails on purpose. `skopeo` looks at what arrived.
+
+use std::collections::BTreeSet;
+use std::path::{Path, PathBuf};
+
+use pipeline::artifact::remote;
+use pipeline::artifact::store::{Descriptor, Store};
+use pipeline::cmd::Cmd;
+use pipeline::oci::digest::Digest;
+use pipeline::oci::registry::{Pushed, Reach, RegistryOptions};
+use pipeline::progress::Silent;
+
+use super::faulty::{Asked, Fault, Faulty};
+use super::servers::{Layout, OCI_INDEX, OCI_MANIFEST, Server};
+use super::{reference, registry, told};
+
+const RELEASE: &str = "application/vnd.pipeline.release.v1";
+const SPDX: &str = "application/spdx+json";
+
+fn store(dir: &Path) -> Store {
+    Store::open(dir).unwrap()
+}
+
+/// A store with what the layout holds.
+fn filled(dir: &Path) -> (Store, Layout) {
+    let layout = Layout::new(&dir.join("layout"));
+    let store = store(&dir.join("store"));
+    for blob in fs_err::read_dir(dir.join("layout/blobs/sha256")).unwrap() {
+        store.put(&fs_err::read(blob.unwrap().path()).unwrap()).unwrap();
+    }
+    (store, layout)
+}
+
+fn descriptor(kind: &str, bytes: &[u8]) -> serde_json::Value {
+    serde_json::json!({"mediaType": kind, "digest": Digest::of(bytes), "size": bytes.len()})
+}
+
+/// A manifest of one layer in the store; with `subject` a referrer to it.
+fn artifact(store: &Store, content: &[u8], artifact_type: &str, subject: Option<&[u8]>) -> Vec<u8> {
+    store.put(content).unwrap();
+    store.put(b"{}").unwrap();
+    let mut value = serde_json::json!({
+        "schemaVersion": 2, "mediaType": OCI_MANIFEST, "artifactType": artifact_type,
+        "config": descriptor("application/vnd.oci.empty.v1+json", b"{}"), "layers": [descriptor("text/plain", content)],
+    });
+    if let Some(subject) = subject {
+        value["subject"] = descriptor(OCI_MANIFEST, subject);
+    }
+    let bytes = serde_json::to_vec(&value).unwrap();
+    store.put(&bytes).unwrap();
+    bytes
+}
+
+fn tag(store: &Store, name: &str, kind: &str, bytes: &[u8]) {
+    store.tag(name, &Descriptor::new(kind, Digest::of(bytes), bytes.len() as u64)).unwrap();
+}
+
+fn push(store: &Store, bytes: &[u8], port: u16, rest: &str) -> anyhow::Result<Pushed> {
+    push_with(store, bytes, port, rest, &RegistryOptions::default(), None)
+}
+
+fn push_with(
+    store: &Store,
+    bytes: &[u8],
+    port: u16,
+    rest: &str,
+    options: &RegistryOptions,
+    mount_from: Option<&str>,
+) -> anyhow::Result<Pushed> {
+    let to = reference(port, rest);
+    remote::push(store, &registry(options), &Digest::of(bytes), &to, mount_from.map(str::to_owned), &Silent)
+}
+
+fn skopeo(args: &[&str]) -> Vec<u8> {
+    let home = tempfile::tempdir().unwrap();
+    let command = Cmd::new("skopeo").env("HOME", home.path()).env_remove("XDG_RUNTIME_DIR").env_remove("REGISTRY_AUTH_FILE");
+    let output = command.arg("--insecure-policy").args(args).output().unwrap();
+    assert!(output.status.success(), "skopeo {args:?}: {}", String::from_utf8_lossy(&output.stderr));
+    output.stdout
+}
+
+fn raw(port: u16, rest: &str) -> Vec<u8> {
+    skopeo(&["inspect", "--raw", "--tls-verify=false", &format!("docker://127.0.0.1:{port}/{rest}")])
+}
+
+/// Sent, mounted, there.
+fn counts(pushed: &Pushed) -> (usize, usize, usize) {
+    (pushed.blobs.sent, pushed.blobs.mounted, pushed.blobs.there)
+}
+
+#[test]
+fn a_push_sends_what_is_missing_and_skopeo_reads_it() {
+    let dir = tempfile::tempdir().unwrap();
+    let (store, layout) = filled(dir.path());
+    let server = Server::start(dir.path(), "");
+    // Three layers, two configurations.
+    let pushed = push(&store, &layout.index, server.port, "team/app:1").unwrap();
+    assert_eq!((counts(&pushed), pushed.documents), ((5, 0, 0), 3));
+    let tag = pushed.tag.unwrap();
+    assert_eq!((tag.name.as_str(), tag.before, tag.now), ("1", None, Digest::of(&layout.index)));
+    assert_eq!(raw(server.port, "team/app:1"), layout.index);
+    let copied = dir.path().join("copied");
+    skopeo(&[
+        "copy",
+        "--all",
+        "--src-tls-verify=false",
+        &format!("docker://127.0.0.1:{}/team/app:1", server.port),
+        &format!("dir:{}", copied.display()),
+    ]);
+    for layer in &layout.layers {
+        assert_eq!(fs_err::read(copied.join(Digest::of(layer).hex())).unwrap(), *layer);
+    }
+
+    // Again: nothing moves. A line edited: one layer, the configuration, the manifest.
+    let pushed = push(&store, &layout.index, server.port, "team/app:1").unwrap();
+    assert_eq!((counts(&pushed), pushed.documents), ((0, 0, 5), 0));
+    assert_eq!(pushed.tag.unwrap().before, Some(Digest::of(&layout.index)));
+    let mut edited: serde_json::Value = serde_json::from_slice(&layout.manifest).unwrap();
+    for (part, bytes) in [("/config", &b"{\"os\":\"linux\"}"[..]), ("/layers/1", b"edited")] {
+        let part = edited.pointer_mut(part).unwrap();
+        *part = descriptor(part["mediaType"].as_str().unwrap(), bytes);
+        store.put(bytes).unwrap();
+    }
+    let edited = serde_json::to_vec(&edited).unwrap();
+    store.put(&edited).unwrap();
+    let pushed = push(&store, &edited, server.port, "team/app:1").unwrap();
+    assert_eq!((counts(&pushed), pushed.documents, pushed.blobs.sent_bytes), ((2, 0, 2), 1, 20));
+    assert_eq!(pushed.tag.unwrap().before, Some(Digest::of(&layout.index)));
+    assert_eq!(raw(server.port, "team/app:1"), edited);
+
+    // By digest, without a tag; and by another one.
+    let to = format!("team/app@{}", Digest::of(&layout.manifest));
+    assert_eq!(push(&store, &layout.manifest, server.port, &to).unwrap().tag, None);
+    let error = push(&store, &edited, server.port, &to).unwrap_err();
+    assert!(error.to_string().contains("names another digest than what is pushed"), "{error}");
+}
+
+#[test]
+fn blobs_of_another_repository_are_mounted() {
+    let dir = tempfile::tempdir().unwrap();
+    let (store, layout) = filled(dir.path());
+    let server = Server::start(dir.path(), "");
+    push(&store, &layout.manifest, server.port, "base:1").unwrap();
+    let options = RegistryOptions::default();
+    let pushed = push_with(&store, &layout.manifest, server.port, "shop:1", &options, Some("base")).unwrap();
+    assert_eq!(counts(&pushed), (0, 4, 0));
+    // A repository that is not there is no reason not to push.
+    let pushed = push_with(&store, &layout.manifest, server.port, "other:1", &options, Some("nowhere")).unwrap();
+    assert_eq!(counts(&pushed), (4, 0, 0));
+    for name in ["shop:1", "other:1"] {
+        assert_eq!(raw(server.port, name), layout.manifest);
+    }
+}
+
+/// An image with a signature beside it, an SBOM that refers to it, and a note about the SBOM.
+fn attached(dir: &Path) -> (Store, Layout, Vec<Vec<u8>>) {
+    let (store, layout) = filled(dir);
+    let image = Digest::of(&layout.manifest).hex();
+    let signature = artifact(&store, b"signature", "application/vnd.dev.cosign", None);
+    tag(&store, &format!("sha256-{image}.sig"), OCI_MANIFEST, &signature);
+    let sbom = artifact(&store, b"sbom", SPDX, Some(&layout.manifest));
+    tag(&store, &format!("sha256-{image}.sbom.spdx"), OCI_MANIFEST, &sbom);
+    let note = artifact(&store, b"note", "text/x-note", Some(&sbom));
+    tag(&store, &format!("sha256-{}.other", Digest::of(&sbom).hex()), OCI_MANIFEST, &note);
+    (store, layout, vec![signature, sbom, note])
+}
+
+#[test]
+fn what_is_attached_goes_along_to_both_kinds_of_registry_and_comes_back() {
+    let dir = tempfile::tempdir().unwrap();
+    let (store, layout, parts) = attached(dir.path());
+    let image = Digest::of(&layout.manifest);
+    let old = Server::start(dir.path(), "");
+    let new = Faulty::start(true, |_| None);
+    let client = registry(&RegistryOptions::default());
+    for (port, has_list) in [(old.port, false), (new.port, true)] {
+        for _ in 0..2 {
+            let pushed = push(&store, &layout.manifest, port, "team/app:1").unwrap();
+            assert_eq!(pushed.attached, 3);
+        }
+        let app = reference(port, "team/app:1");
+        let tags: BTreeSet<String> = client.tags(&app).unwrap().into_iter().collect();
+        let (sig, list) = (format!("sha256-{}.sig", image.hex()), format!("sha256-{}", image.hex()));
+        assert_eq!((tags.contains(&sig), tags.contains(&list)), (true, !has_list), "{tags:?}");
+        let found = client.referrers(&app, &image, None).unwrap();
+        assert_eq!(found.iter().map(|entry| entry.descriptor.digest).collect::<Vec<_>>(), [Digest::of(&parts[1])]);
+        assert_eq!(found[0].artifact_type.as_deref(), Some(SPDX));
+        assert_eq!(client.referrers(&app, &image, Some("text/x-note")).unwrap(), []);
+        assert_eq!(client.referrers(&app, &Digest::of(&parts[1]), Some("text/x-note")).unwrap().len(), 1);
+
+        let other = self::store(&dir.path().join(format!("other-{port}")));
+        let pulled = remote::pull(&other, &client, &app, Some("app:2"), Reach::Machine, &Silent).unwrap();
+        assert_eq!(pulled.names, [("app:2".to_owned(), image)]);
+        for name in [&sig, &format!("sha256-{}.sbom.spdx", image.hex()), &format!("sha256-{}.other", Digest::of(&parts[1]).hex())]
+        {
+            assert_eq!(other.tagged(name).unwrap().unwrap().digest, store.tagged(name).unwrap().unwrap().digest, "{name}");
+        }
+        for bytes in parts.iter().chain(&layout.layers).chain([&layout.config, &layout.manifest]) {
+            other.verify(&Digest::of(bytes)).unwrap();
+        }
+        // The same once more fetches nothing and names nothing twice.
+        let names = other.index().unwrap().manifests.len();
+        let pulled = remote::pull(&other, &client, &app, Some("app:2"), Reach::Machine, &Silent).unwrap();
+        assert_eq!((pulled.fetched.bytes, other.index().unwrap().manifests.len()), (0, names));
+    }
+    // What the fallback tag holds is an index that every client can read.
+    let list: serde_json::Value = serde_json::from_slice(&raw(old.port, &format!("team/app:sha256-{}", image.hex()))).unwrap();
+    assert_eq!(list["manifests"].as_array().unwrap().len(), 1);
+    assert_eq!(list["manifests"][0]["artifactType"], SPDX);
+}
+
+#[test]
+fn a_signature_that_only_one_side_has_is_not_lost() {
+    let dir = tempfile::tempdir().unwrap();
+    let (store, layout, _) = attached(dir.path());
+    let server = Faulty::start(true, |_| None);
+    push(&store, &layout.manifest, server.port, "app:1").unwrap();
+    let name = format!("sha256-{}.sig", Digest::of(&layout.manifest).hex());
+    let theirs = artifact(&store, b"another signature", "application/vnd.dev.cosign", None);
+    tag(&store, &name, OCI_MANIFEST, &theirs);
+    let error = push(&store, &layout.manifest, server.port, "app:1").unwrap_err();
+    let (code, message, hint) = told(&error);
+    assert_eq!(code, 1);
+    assert!(message.contains(&format!("`{name}`")) && message.contains("would be lost"), "{message}");
+    assert!(hint.contains("pull"), "{hint}");
+    let client = registry(&RegistryOptions::default());
+    remote::pull(&store, &client, &reference(server.port, "app:1"), None, Reach::All, &Silent).unwrap();
+    assert_eq!(store.tagged(&name).unwrap().unwrap().digest, Digest::of(&theirs));
+}
+
+#[test]
+fn a_copy_mounts_within_a_registry_and_streams_between_two() {
+    let dir = tempfile::tempdir().unwrap();
+    let (store, layout, parts) = attached(dir.path());
+    let first = Server::start(&dir.path().join("first"), "");
+    let second = Faulty::start(true, |_| None);
+    push(&store, &layout.manifest, first.port, "dev/app:1").unwrap();
+    let client = registry(&RegistryOptions::default());
+    let from = reference(first.port, "dev/app:1");
+    let copied = client.copy(&from, &reference(first.port, "live/app:1"), &Silent).unwrap();
+    assert_eq!((copied.blobs.sent, copied.attached), (0, 3));
+    assert!(copied.blobs.mounted >= 4, "{copied:?}");
+    assert_eq!(raw(first.port, "live/app:1"), layout.manifest);
+    let copied = client.copy(&from, &reference(second.port, "app:2"), &Silent).unwrap();
+    assert_eq!((copied.blobs.there, copied.blobs.mounted, copied.attached), (0, 0, 3));
+    let state = second.state.lock().unwrap();
+    for bytes in layout.layers.iter().chain([&layout.config]) {
+        assert_eq!(state.blobs[&Digest::of(bytes)], *bytes);
+    }
+    for bytes in parts.iter().chain([&layout.manifest]) {
+        assert_eq!(state.manifests[&format!("app/{}", Digest::of(bytes))].1, *bytes);
+    }
+}
+
+#[test]
+fn an_index_is_pulled_whole_or_for_this_machine() {
+    let dir = tempfile::tempdir().unwrap();
+    let layout = Layout::new(&dir.path().join("layout"));
+    let server = Server::start(dir.path(), "");
+    server.push(&layout, "index", "team/multi:1", &["--all", "--preserve-digests"], None);
+    let client = registry(&RegistryOptions::default());
+    let multi = reference(server.port, "team/multi:1");
+    let (image, index) = (Digest::of(&layout.manifest), Digest::of(&layout.index));
+    let ours = store(&dir.path().join("ours"));
+    let pulled = remote::pull(&ours, &client, &multi, None, Reach::Machine, &Silent).unwrap();
+    assert_eq!((pulled.names, pulled.fetched.left_out), (vec![("multi:1".to_owned(), image)], 1));
+    assert_eq!((pulled.fetched.pinned, pulled.fetched.root.digest), (index, image));
+    assert!(!ours.blob(&Digest::of(&layout.arm_manifest)).exists());
+
+    // One that is for other machines only: refused, unless it is wanted as it is.
+    let mut others: serde_json::Value = serde_json::from_slice(&layout.index).unwrap();
+    others["manifests"].as_array_mut().unwrap().truncate(1);
+    let (source, _) = filled(&dir.path().join("source"));
+    let others = serde_json::to_vec(&others).unwrap();
+    source.put(&others).unwrap();
+    push(&source, &others, server.port, "team/others:1").unwrap();
+    let arm = reference(server.port, "team/others:1");
+    let error = remote::pull(&ours, &client, &arm, None, Reach::Machine, &Silent).unwrap_err();
+    assert!(error.to_string().ends_with("has no image for `linux/amd64`; it has `linux/arm64`"), "{error}");
+    let pulled = remote::pull(&ours, &client, &arm, None, Reach::All, &Silent).unwrap();
+    assert_eq!(pulled.names, [("others:1.index".to_owned(), Digest::of(&others))]);
+
+    let whole = store(&dir.path().join("whole"));
+    let pulled = remote::pull(&whole, &client, &multi, None, Reach::All, &Silent).unwrap();
+    assert_eq!(pulled.names, [("multi:1".to_owned(), image), ("multi:1.index".to_owned(), index)]);
+    let reached = remote::reach(&whole, &index).unwrap();
+    assert_eq!(reached.documents, BTreeSet::from([image, index, Digest::of(&layout.arm_manifest)]));
+    let platform = whole.tagged("multi:1").unwrap().unwrap().platform;
+    assert_eq!(platform, Some(serde_json::json!({"architecture": "amd64", "os": "linux"})));
+    let copied = dir.path().join("copied");
+    let from = format!("oci:{}:multi:1.index", whole.layout().display());
+    skopeo(&["copy", "--all", &from, &format!("dir:{}", copied.display())]);
+    assert_eq!(fs_err::read(copied.join("manifest.json")).unwrap(), layout.index);
+}
+
+#[test]
+fn a_release_gets_the_names_of_its_artifacts() {
+    let dir = tempfile::tempdir().unwrap();
+    let (store, layout) = filled(dir.path());
+    let disk = artifact(&store, b"disk", "application/vnd.pipeline.disk.v1", None);
+    let entry = |bytes: &[u8], kind: &str, name: &str, platform: serde_json::Value| {
+        let mut entry = descriptor(OCI_MANIFEST, bytes);
+        entry["artifactType"] = format!("application/vnd.pipeline.{kind}.v1").into();
+        entry["annotations"] = serde_json::json!({"org.opencontainers.image.ref.name": name});
+        entry["platform"] = platform;
+        entry
+    };
+    let entries = [
+        entry(&layout.manifest, "image", "shop", serde_json::json!({"os": "linux", "architecture": "amd64"})),
+        entry(&disk, "disk", "shop.disk", serde_json::json!({"os": "unknown", "architecture": "unknown"})),
+    ];
+    let release = serde_json::json!({"schemaVersion": 2, "mediaType": OCI_INDEX, "artifactType": RELEASE, "manifests": entries});
+    let release = serde_json::to_vec(&release).unwrap();
+    store.put(&release).unwrap();
+    let server = Server::start(dir.path(), "");
+    push(&store, &release, server.port, "team/shop:1.4").unwrap();
+    let other = self::store(&dir.path().join("other"));
+    let client = registry(&RegistryOptions::default());
+    // All of it, though an image for this machine is in it.
+    let pulled = remote::pull(&other, &client, &reference(server.port, "team/shop:1.4"), None, Reach::Machine, &Silent).unwrap();
+    let expected = [("shop:1.4", &layout.manifest), ("shop:1.4.disk", &disk), ("shop:1.4.release", &release)];
+    assert_eq!(pulled.names, expected.map(|(name, bytes)| (name.to_owned(), Digest::of(bytes))));
+    assert_eq!(other.tagged("shop:1.4.release").unwrap().unwrap().media_type, OCI_INDEX);
+}
+
+#[test]
+fn tags_are_listed_read_and_moved() {
+    let dir = tempfile::tempdir().unwrap();
+    let (store, layout) = filled(dir.path());
+    let real = Server::start(dir.path(), "");
+    let paged = Faulty::start(true, |_| None);
+    let client = registry(&RegistryOptions::default());
+    for port in [real.port, paged.port] {
+        push(&store, &layout.manifest, port, "app:1.4").unwrap();
+        push(&store, &layout.arm_manifest, port, "app:arm").unwrap();
+        let app = reference(port, "app:1.4");
+        let (image, arm) = (Digest::of(&layout.manifest), Digest::of(&layout.arm_manifest));
+        let set = client.tag(&app, "prod").unwrap();
+        assert_eq!((set.before, set.now), (None, image));
+        let set = client.tag(&app.at(arm), "prod").unwrap();
+        assert_eq!((set.before, set.now), (Some(image), arm));
+        assert_eq!(client.digest(&app.with_tag("prod").unwrap()).unwrap(), Some(arm));
+        assert_eq!(client.digest(&app.with_tag("none").unwrap()).unwrap(), None);
+        let mut tags = client.tags(&app).unwrap();
+        tags.sort();
+        assert_eq!(tags, ["1.4", "arm", "prod"]);
+    }
+}
+
+/// Pushes through `script`, whose faults come once each in the order of the requests they fit.
+fn with_faults(dir: &Path, faults: Vec<(&'static str, &'static str, Fault)>) -> (anyhow::Result<Pushed>, Faulty, Layout) {
+    let (store, layout) = filled(dir);
+    let mut faults = faults;
+    let server = Faulty::start(true, move |asked: &Asked| {
+        let position = faults.iter().position(|(method, part, _)| asked.is(method, part))?;
+        Some(faults.remove(position).2)
+    });
+    let pushed = push(&store, &layout.manifest, server.port, "team/app:1");
+    (pushed, server, layout)
+}
+
+#[test]
+fn an_upload_that_was_cut_goes_on_where_the_registry_says() {
+    // In the middle of the first request for it, of the second one too, with the last answer lost.
+    for (faults, requests) in [
+        (vec![("PATCH", "", Fault::CutBody(700_000))], 2),
+        (vec![("PATCH", "", Fault::CutBody(700_000)), ("PATCH", "", Fault::CutBody(300_000))], 3),
+        (vec![("PATCH", "", Fault::CutBody(0))], 2),
+    ] {
+        let dir = tempfile::tempdir().unwrap();
+        let (store, layout) = filled(dir.path());
+        // Larger than what goes in one request.
+        let big = layout.layers[2].repeat(4);
+        assert!(big.len() - 1_000_000 > 4 << 20, "what is left goes with PATCH as well");
+        let manifest = artifact(&store, &big, "text/x-big", None);
+        let (mut left, count) = (faults.clone(), faults.len());
+        let server = Faulty::start(true, move |asked: &Asked| {
+            let position = left.iter().position(|(method, part, _)| asked.is(method, part))?;
+            Some(left.remove(position).2)
+        });
+        let pushed = push(&store, &manifest, server.port, "app:1").unwrap();
+        assert_eq!(pushed.blobs.sent, 2);
+        let sent = server.asked(|asked| asked.method == "PATCH");
+        assert_eq!(sent.len(), requests);
+        let cut: Vec<usize> =
+            faults.iter().map(|(_, _, fault)| if let Fault::CutBody(bytes) = fault { *bytes } else { 0 }).collect();
+        let mut start = 0;
+        for (index, asked) in sent.iter().enumerate() {
+            assert_eq!(asked.headers["content-range"], format!("{start}-{}", big.len() - 1), "{index} of {count}");
+            start += cut.get(index).copied().unwrap_or(0);
+        }
+        let state = server.state.lock().unwrap();
+        assert_eq!(state.blobs[&Digest::of(&big)], big);
+        // Nothing was received twice: the big one, and `{}`.
+        assert_eq!(state.received, big.len() + 2);
+    }
+}
+
+#[test]
+fn an_upload_the_registry_forgot_begins_anew() {
+    let dir = tempfile::tempdir().unwrap();
+    let faults = vec![
+        ("PUT", "/uploads/", Fault::CutBody(10)),
+        ("GET", "/uploads/", Fault::Answer(404, "", "")),
+        // And one whose answer is lost is found to be there.
+        ("PUT", "/manifests/sha256", Fault::CutAnswer(0)),
+    ];
+    let (pushed, server, layout) = with_faults(dir.path(), faults);
+    assert_eq!(counts(&pushed.unwrap()), (4, 0, 0));
+    assert_eq!(server.asked(|asked| asked.method == "POST").len(), 5);
+    assert_eq!(server.state.lock().unwrap().manifests["team/app/1"].1, layout.manifest);
+
+    // It ran out between two parts; always: then that is told.
+    for (times, good) in [(1, true), (usize::MAX, false)] {
+        let dir = tempfile::tempdir().unwrap();
+        let (store, layout) = filled(dir.path());
+        let mut left = times;
+        let server = Faulty::start(true, move |asked: &Asked| {
+            let second = asked.method == "PATCH" && asked.headers["content-range"].starts_with("300000-");
+            (second && left > 0).then(|| {
+                left -= 1;
+                Fault::Answer(404, "", "")
+            })
+        });
+        let options = RegistryOptions { part_limit: Some(300_000), ..RegistryOptions::default() };
+        let pushed = push_with(&store, &layout.manifest, server.port, "app:1", &options, None);
+        assert_eq!(pushed.is_ok(), good);
+        assert_eq!(server.asked(|asked| asked.method == "POST").len(), if good { 5 } else { 6 });
+    }
+}
+
+#[test]
+fn a_cut_upload_reaches_a_real_registry() {
+    let dir = tempfile::tempdir().unwrap();
+    let (store, layout) = filled(dir.path());
+    let big = layout.layers[2].repeat(4);
+    let manifest = artifact(&store, &big, "text/x-big", None);
+    let server = Server::start(dir.path(), "");
+    let proxy = super::servers::cutting_uploads(server.port, 1 << 20);
+    push(&store, &manifest, proxy.port, "app:1").unwrap();
+    assert_eq!(server.blob(Digest::of(&big)), big);
+    assert!(proxy.cut(), "the proxy saw no upload to cut");
+}
+
+#[test]
+fn large_blobs_go_in_parts_where_a_proxy_wants_it() {
+    let dir = tempfile::tempdir().unwrap();
+    let (store, layout) = filled(dir.path());
+    // A limit that is found out, and one that is set.
+    for (limit, set) in [(1_100_000, None), (300_000, Some(300_000))] {
+        let server = Faulty::start(true, move |asked: &Asked| {
+            let length: usize = asked.headers.get("content-length")?.parse().ok()?;
+            (length > limit).then_some(Fault::Answer(413, "", "<html>too large</html>"))
+        });
+        let options = RegistryOptions { part_limit: set, ..RegistryOptions::default() };
+        push_with(&store, &layout.manifest, server.port, "app:1", &options, None).unwrap();
+        let state = server.state.lock().unwrap();
+        assert_eq!(state.blobs[&Digest::of(&layout.layers[2])], layout.layers[2]);
+    }
+}
+
+#[test]
+fn refusals_are_told_with_what_and_why() {
+    const DENIED: &str = r#"{"errors":[{"code":"DENIED","message":"no"}]}"#;
+    let always = |method: &'static str, part: &'static str, fault: Fault| {
+        move |asked: &Asked| asked.is(method, part).then(|| fault.clone())
+    };
+    for (method, part, fault, code, message, hint) in [
+        (
+            "POST",
+            "/uploads/",
+            Fault::Answer(401, "", ""),
+            1,
+            "did not allow to push `BLOB`: it answered with status 401",
+            "the account needs the right to write there",
+        ),
+        (
+            "POST",
+            "/uploads/",
+            Fault::Answer(403, "", DENIED),
+            1,
+            "did not allow to push `BLOB`: it answered with status 403 (no)",
+            "docker login",
+        ),
+        (
+            "POST",
+            "/uploads/",
+            Fault::Answer(404, "", ""),
+            1,
+            "does not take `BLOB`: it answered with status 404",
+            "some registries want `team/app` to be made there first",
+        ),
+        (
+            "HEAD",
+            "/blobs/",
+            Fault::Answer(429, "Retry-After: 3600\r\n", ""),
+            75,
+            "it answered with status 429 and asks to wait 3600 s",
+            "what arrived is not sent again",
+        ),
+        ("POST", "/uploads/", Fault::Answer(500, "", ""), 75, "it answered with status 500", "run the command again"),
+        (
+            "PUT",
+            "/manifests/sha256",
+            Fault::Answer(400, "", r#"{"errors":[{"code":"MANIFEST_INVALID","message":"odd"}]}"#),
+            1,
+            "cannot push `sha256:",
+            "the registry may not know manifests of type `application/vnd.oci.image.manifest.v1+json`",
+        ),
+        (
+            "PUT",
+            "/manifests/1",
+            Fault::Answer(403, "", DENIED),
+            1,
+            "refused the tag `1` of `team/app`: it answered with status 403 (no)",
+            "choose another tag, or use the digest",
+        ),
+        (
+            "PUT",
+            "/manifests/1",
+            Fault::Answer(201, "", ""),
+            1,
+            "said that it set the tag `1` of `team/app`, which stands for nothing",
+            "somebody else may have set it",
+        ),
+        ("PUT", "/manifests/1", Fault::Answer(503, "", ""), 75, "it answered with status 503", "only the tag is missing"),
+    ] {
+        let dir = tempfile::tempdir().unwrap();
+        let (store, layout) = filled(dir.path());
+        let server = Faulty::start(true, always(method, part, fault));
+        let error = push(&store, &layout.manifest, server.port, "team/app:1").unwrap_err();
+        let (told_code, told_message, hints) = told(&error);
+        let blob = layout.layers.iter().chain([&layout.config]).map(|blob| Digest::of(blob).to_string());
+        let shown = blob.fold(told_message, |shown, blob| shown.replace(&blob, "BLOB"));
+        assert_eq!(told_code, code, "{shown}");
+        assert!(shown.contains(message) && shown.contains(&format!("registry `127.0.0.1:{}`", server.port)), "{shown}");
+        assert!(hints.contains(hint), "{hints}");
+        // Nobody sees what is there only in part.
+        assert!(!server.state.lock().unwrap().manifests.contains_key("team/app/1"));
+    }
+}
+
+#[test]
+fn short_troubles_are_waited_for() {
+    let dir = tempfile::tempdir().unwrap();
+    let faults = vec![
+        ("HEAD", "/blobs/", Fault::Answer(429, "Retry-After: 1\r\n", "")),
+        ("POST", "/uploads/", Fault::Answer(503, "", "")),
+        ("PUT", "/uploads/", Fault::Answer(500, "", "")),
+        ("PUT", "/manifests/1", Fault::Answer(502, "", "<html>")),
+    ];
+    let (pushed, server, layout) = with_faults(dir.path(), faults);
+    pushed.unwrap();
+    assert_eq!(server.state.lock().unwrap().manifests["team/app/1"].1, layout.manifest);
+}
+
+#[test]
+fn a_damaged_or_missing_blob_of_the_store_is_not_pushed() {
+    let dir = tempfile::tempdir().unwrap();
+    let (store, layout) = filled(dir.path());
+    for layer in [1, 2] {
+        let server = Faulty::start(true, |_| None);
+        let digest = Digest::of(&layout.layers[layer]);
+        let mut bytes = layout.layers[layer].clone();
+        bytes[0] ^= 1;
+        fs_err::write(store.blob(&digest), &bytes).unwrap();
+        let (code, message, _) = told(&push(&store, &layout.manifest, server.port, "app:1").unwrap_err());
+        assert_eq!(
+            (code, message),
+            (1, format!("blob `{digest}` is corrupt: its bytes have the digest `{}`", Digest::of(&bytes)))
+        );
+        assert!(!server.state.lock().unwrap().blobs.contains_key(&digest));
+        fs_err::remove_file(store.blob(&digest)).unwrap();
+        let (code, message, _) = told(&push(&store, &layout.manifest, server.port, "app:1").unwrap_err());
+        assert_eq!(
+            (code, message),
+            (1, format!("blob {digest} of {} is not in the store, so it cannot be pushed", Digest::of(&layout.manifest)))
+        );
+        store.put(&layout.layers[layer]).unwrap();
+        assert!(server.state.lock().unwrap().manifests.is_empty());
+    }
+}
+
+/// A registry in memory that holds the layout's image as `team/app:1`.
+fn holding(dir: &Path) -> (Faulty, Layout) {
+    let (store, layout) = filled(dir);
+    let server = Faulty::start(true, |_| None);
+    push(&store, &layout.manifest, server.port, "team/app:1").unwrap();
+    (server, layout)
+}
+
+fn pull_into(dir: PathBuf, port: u16, options: &RegistryOptions) -> (Store, anyhow::Result<remote::Pulled>) {
+    let store = store(&dir);
+    let pulled = remote::pull(&store, &registry(options), &reference(port, "team/app:1"), None, Reach::All, &Silent);
+    (store, pulled)
+}
+
+#[test]
+fn a_pull_that_failed_goes_on_in_the_next_run() {
+    let dir = tempfile::tempdir().unwrap();
+    let (server, layout) = holding(dir.path());
+    let large = Digest::of(&layout.layers[2]);
+    server.script(move |asked| asked.is("GET", &large.to_string()).then_some(Fault::CutAnswer(100_000)));
+    let into = dir.path().join("into");
+    let (store, pulled) = pull_into(into.clone(), server.port, &RegistryOptions::default());
+    assert_eq!(told(&pulled.unwrap_err()).0, 75);
+    assert!(store.tagged("app:1").unwrap().is_none());
+    let part = store.temp_dir().join(format!("pull-{}", large.hex()));
+    let have = fs_err::metadata(&part).unwrap().len();
+    assert!(have >= 100_000 && have < layout.layers[2].len() as u64, "{have}");
+    server.script(|_| None);
+    let before = server.asked(|asked| asked.is("GET", &large.to_string())).len();
+    let (store, pulled) = pull_into(into, server.port, &RegistryOptions::default());
+    pulled.unwrap();
+    store.verify(&large).unwrap();
+    let asked = server.asked(|asked| asked.is("GET", &large.to_string()));
+    assert_eq!(
+        asked[before..].iter().map(|asked| asked.headers["range"].clone()).collect::<Vec<_>>(),
+        [format!("bytes={have}-")]
+    );
+    assert!(!part.exists());
+
+    // What lies there may be rubbish: then from the start.
+    let into = dir.path().join("rubbish");
+    let fresh = self::store(&into);
+    fs_err::write(fresh.temp_dir().join(format!("pull-{}", large.hex())), "rubbish").unwrap();
+    drop(fresh);
+    let (store, pulled) = pull_into(into, server.port, &RegistryOptions::default());
+    pulled.unwrap();
+    store.verify(&large).unwrap();
+}
+
+#[test]
+fn a_registry_that_lies_is_caught_in_documents_and_blobs() {
+    let dir = tempfile::tempdir().unwrap();
+    let (server, layout) = holding(dir.path());
+    for (part, what) in [
+        (Digest::of(&layout.layers[1]).to_string(), Digest::of(&layout.layers[1]).to_string()),
+        ("/manifests/1".to_owned(), format!("127.0.0.1:{}/team/app:1", server.port)),
+    ] {
+        server.script(move |asked| asked.is("GET", &part).then_some(Fault::Lie));
+        let (store, pulled) = pull_into(dir.path().join("into"), server.port, &RegistryOptions::default());
+        let (code, message, hint) = told(&pulled.unwrap_err());
+        assert_eq!(code, 1);
+        let expected = format!(
+            "registry `127.0.0.1:{}` sent something else than `{what}`: the content does not have its digest",
+            server.port
+        );
+        assert!(message.starts_with(&expected), "{message}");
+        assert!(hint.contains("damaged"), "{hint}");
+        assert!(store.tagged("app:1").unwrap().is_none() && !store.blob(&Digest::of(&layout.layers[1])).exists());
+    }
+}
+
+#[test]
+fn mirrors_are_asked_in_order_and_not_believed() {
+    let dir = tempfile::tempdir().unwrap();
+    let (origin, layout) = holding(dir.path());
+    let lying = Faulty::start(true, |asked| asked.is("GET", "/blobs/").then_some(Fault::Lie));
+    let good = Faulty::start(true, |_| None);
+    for server in [&lying, &good] {
+        let (from, mut to) = (origin.state.lock().unwrap(), server.state.lock().unwrap());
+        to.blobs = from.blobs.clone();
+        to.manifests = from.manifests.iter().map(|(name, kept)| (format!("hub/{name}"), kept.clone())).collect();
+    }
+    let host = |port: u16| format!("127.0.0.1:{port}");
+    let nobody = super::servers::free_port();
+    let mirrors = |ports: &[u16]| RegistryOptions {
+        mirrors: [(host(origin.port), ports.iter().map(|port| format!("{}/hub", host(*port))).collect())].into(),
+        ..RegistryOptions::default()
+    };
+    for (ports, from) in
+        [(vec![nobody, lying.port, good.port], good.port), (vec![lying.port], origin.port), (vec![], origin.port)]
+    {
+        let (store, pulled) = pull_into(tempfile::tempdir_in(dir.path()).unwrap().keep(), origin.port, &mirrors(&ports));
+        assert_eq!(pulled.unwrap().fetched.registry, host(from), "{ports:?}");
+        for layer in &layout.layers {
+            store.verify(&Digest::of(layer)).unwrap();
+        }
+    }
+    // All of them are told of when none helps; a push asks no mirror.
+    let gone = origin.state.lock().unwrap().manifests.split_off("team");
+    let (_, pulled) = pull_into(dir.path().join("none"), origin.port, &mirrors(&[nobody, lying.port]));
+    let (_, message, hints) = told(&pulled.unwrap_err());
+    assert_eq!(message, format!("registry `{0}` has no `{0}/team/app:1`", host(origin.port)));
+    for (port, words) in [(nobody, "Connection refused"), (lying.port, "sent something else")] {
+        let line = hints.lines().find(|line| line.starts_with(&format!("its mirror `{}/hub` was asked first", host(port))));
+        assert!(line.is_some_and(|line| line.contains(words)), "{hints}");
+    }
+    origin.state.lock().unwrap().manifests = gone;
+    let (store, layout) = filled(&dir.path().join("again"));
+    let asked = good.asked(|_| true).len();
+    push_with(&store, &layout.manifest, origin.port, "team/app:2", &mirrors(&[good.port]), None).unwrap();
+    assert_eq!(good.asked(|_| true).len(), asked);
+}
+
+#[test]
+fn the_right_to_push_is_asked_for_with_its_scopes() {
+    let dir = tempfile::tempdir().unwrap();
+    let (store, layout) = filled(dir.path());
+    let server = Faulty::start(true, |_| None);
+    let port = server.port;
+    // Reading is free, writing is not: the challenge comes with the first write only.
+    server.script(move |asked: &Asked| {
+        if asked.path.starts_with("/token") {
+            let right = asked.path.contains("scope=repository%3Ateam%2Fapp%3Apull%2Cpush")
+                && asked.path.contains("scope=repository%3Abase%3Apull")
+                && asked.headers.get("authorization").is_some_and(|login| login.starts_with("Basic "));
+            return Some(if right { Fault::Answer(200, "", r#"{"token":"t"}"#) } else { Fault::Answer(401, "", "") });
+        }
+        let writes = asked.method != "GET" && asked.method != "HEAD";
+        let shown = asked.headers.get("authorization").is_some_and(|token| token == "Bearer t");
+        let challenge: &'static str =
+            format!("www-authenticate: Bearer realm=\"http://127.0.0.1:{port}/token\",service=\"s\"\r\n").leak();
+        (writes && !shown).then_some(Fault::Answer(401, challenge, ""))
+    });
+    let given = pipeline::oci::credentials::Given {
+        key: format!("127.0.0.1:{port}"),
+        user: "ci".into(),
+        password: "s3cret".into(),
+        origin: "the test".into(),
+    };
+    let options = RegistryOptions { given: Some(given), ..RegistryOptions::default() };
+    push_with(&store, &layout.manifest, port, "team/app:1", &options, Some("base")).unwrap();
+    let (code, message, hints) = told(&push(&store, &layout.arm_manifest, port, "team/app:2").unwrap_err());
+    assert_eq!(code, 1);
+    assert!(message.contains("did not allow to push") && hints.contains("the right to write"), "{message}\n{hints}");
+}
