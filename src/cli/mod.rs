@@ -105,7 +105,7 @@ enum Verb {
     /// Bring the environments of a pipeline file into the ledger, list and show them
     #[command(subcommand)]
     Environment(environment::Verb),
-    /// Show what is where: release, since when, by whom, health, holds, what waits and for which gate
+    /// Show what is where: release, health, holds, and which gate is waited for
     Status(status::StatusArgs),
     /// Move a release on to an environment, through its gates
     Promote(promote::PromoteArgs),
