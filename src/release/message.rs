@@ -15,8 +15,10 @@ pub fn of_state(after: &State) -> String {
         (kind, _, None) => kind.to_string(),
     };
     let mut lines = trailers(decision, &after.pipeline, &after.environment);
-    let config = after.current.as_ref().map(|binding| binding.config.digest());
+    // What it is about (an approval is of a configuration that may be none yet), else what is there.
+    let config = decision.config.or_else(|| after.current.as_ref().map(|binding| binding.config.digest()));
     lines.push(("Config", config.map_or_else(none, |digest| digest.to_string())));
+    lines.extend(decision.author.as_deref().map(|author| ("Author", one_line(author))));
     whole(&format!("{}: {what}", after.name()), decision, lines)
 }
 
@@ -52,11 +54,17 @@ fn whole(subject: &str, decision: &Decision, mut lines: Vec<(&'static str, Strin
         let verdict = if loud.is_empty() { answer.verdict.to_string() } else { loud.to_owned() };
         lines.push(("Gate", format!("{} {verdict} {}", answer.gate, one_line(&answer.reason))));
     }
+    if decision.lift {
+        lines.push(("Lift", "yes".to_owned()));
+    }
+    lines.extend(decision.until.map(|until| ("Until", until.to_string())));
+    lines.extend(decision.health.map(|status| ("Health", status.to_string())));
     if decision.automatic {
         lines.push(("Automatic", "yes".to_owned()));
     }
     lines.push(("Time", decision.time.to_string()));
-    let loud = if decision.overrides.is_empty() { String::new() } else { format!(" OVERRIDING {}", decision.overrides.join(", ")) };
+    let loud =
+        if decision.overrides.is_empty() { String::new() } else { format!(" OVERRIDING {}", decision.overrides.join(", ")) };
     let reason = reason(&decision.reason);
     let gap = if reason.is_empty() { String::new() } else { format!("{reason}\n\n") };
     let trailers: String = lines.into_iter().map(|(key, value)| format!("{key}: {value}\n")).collect();
