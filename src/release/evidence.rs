@@ -16,9 +16,6 @@ use crate::config::types::{Command, Http, VmTestFile};
 use crate::error::Problem;
 use crate::oci::digest::Digest;
 
-/// Annotation of a report: `pass` or `fail`.
-pub const RESULT: &str = "io.pipeline.report.result";
-
 /// Boots the disk of a release and runs a test in it: digest of the disk's manifest, the test.
 pub type Boot<'a> = dyn Fn(&Digest, &VmTestFile) -> Result<Tested> + 'a;
 
@@ -46,8 +43,9 @@ impl FromStore<'_> {
     }
 
     fn inventory(&self, digest: &Digest) -> Result<Inventory> {
-        sbom::of_release(self.store, digest)?
-            .with_context(|| Problem::failed(format!("release {} has no list of packages for each of its artifacts", digest.short())))
+        sbom::of_release(self.store, digest)?.with_context(|| {
+            Problem::failed(format!("release {} has no list of packages for each of its artifacts", digest.short()))
+        })
     }
 }
 
@@ -74,7 +72,8 @@ impl Evidence for FromStore<'_> {
     fn provenance(&self, release: &Digest, keys: &[String]) -> Result<Vec<ProvenanceSeen>> {
         let known = Self::keys(keys)?;
         let found = provenance::read(self.store, release, &known)?;
-        let key = |fingerprint: &_| known.iter().position(|key| key.fingerprint() == *fingerprint).map(|index| keys[index].clone());
+        let key =
+            |fingerprint: &_| known.iter().position(|key| key.fingerprint() == *fingerprint).map(|index| keys[index].clone());
         Ok(found
             .into_iter()
             .map(|found| ProvenanceSeen {
@@ -108,7 +107,7 @@ impl Evidence for FromStore<'_> {
         let mut seen = Vec::new();
         for attached in referrer::attached(self.store, release)? {
             let Attachment::Report(name) = attached.kind else { continue };
-            let result = attached.manifest.annotations.get(RESULT).cloned().unwrap_or_default();
+            let result = attached.manifest.annotations.get(referrer::REPORT_RESULT).cloned().unwrap_or_default();
             seen.push(ReportSeen { name, result });
         }
         Ok(seen)
