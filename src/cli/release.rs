@@ -62,7 +62,8 @@ pub fn make(global: &Global, around: &ui::Surroundings, pipeline: &Pipeline, bui
         None => describe(pipeline)?,
     };
     let key = args.key.as_ref().map(|file| {
-        let password = || Ok(around.host.variables.get(super::ledger::PASSWORD).map(|it| it.as_bytes().to_vec()).unwrap_or_default());
+        let password =
+            || Ok(around.host.variables.get(super::ledger::PASSWORD).map(|it| it.as_bytes().to_vec()).unwrap_or_default());
         PrivateKey::load(file, password)
     });
     let key = key.transpose()?;
@@ -90,7 +91,7 @@ pub fn make(global: &Global, around: &ui::Surroundings, pipeline: &Pipeline, bui
     if let Some(file) = &args.digest_file {
         fs_err::write(file, format!("{}\n", made.release.digest))?;
     }
-    let entered = enter(global, &name, &made.release)?;
+    let entered = enter(global, &name, &made.release, !pipeline.releases.environments.is_empty())?;
     Ok(Answer { schema: 1, built, release: made, entered })
 }
 
@@ -114,10 +115,12 @@ pub fn status(answer: &Answer) -> u8 {
 }
 
 /// Lets a release come to the environments of the ledger where releases enter by themselves.
-fn enter(global: &Global, name: &str, made: &Release) -> Result<Vec<Outcome>> {
-    let Ok(office) = Office::open(global, Some(name)) else {
+fn enter(global: &Global, name: &str, made: &Release, has_environments: bool) -> Result<Vec<Outcome>> {
+    let office = match Office::open(global, Some(name)) {
+        Ok(office) => office,
         // Nobody has to be known to Git only to build.
-        return Ok(Vec::new());
+        Err(_) if !has_environments => return Ok(Vec::new()),
+        Err(error) => return Err(error.context("the release is made, and entered no environment")),
     };
     let Some(loaded) = crate::release::desk::load(&office.ledger.snapshot()?, name)? else { return Ok(Vec::new()) };
     let automatic = loaded.policy.environments.iter().filter(|(_, policy)| policy.automatic && policy.from.names().is_empty());
@@ -125,6 +128,8 @@ fn enter(global: &Global, name: &str, made: &Release) -> Result<Vec<Outcome>> {
     for (environment, _) in automatic {
         let current = loaded.states.get(environment).and_then(|state| state.current.as_ref());
         if current.is_some_and(|binding| binding.release == made.digest) {
+            // What a run before this one did not get to do.
+            outcomes.extend(office.sit(|desk| desk.follow(name, environment))?);
             continue;
         }
         let author = Some(office.name().to_owned());
@@ -152,7 +157,8 @@ fn materials(around: &ui::Surroundings, pipeline: &Pipeline, built: &Built) -> R
 /// `git describe --tags --always --dirty` of the source's repository.
 fn describe(pipeline: &Pipeline) -> Result<String> {
     let repository = git2::Repository::discover(&pipeline.dir).map_err(|_| {
-        Problem::usage("a release needs a version, and the pipeline is in no Git repository").hint("write it with `--release-version`")
+        Problem::usage("a release needs a version, and the pipeline is in no Git repository")
+            .hint("write it with `--release-version`")
     })?;
     let mut options = git2::DescribeOptions::new();
     options.describe_tags().show_commit_oid_as_fallback(true);
@@ -209,7 +215,9 @@ pub fn differences(around: &ui::Surroundings, from: &Pair, to: &Pair) -> Result<
         let read = |pair: &Pair| release::read(&around.store, &pair.release).ok();
         if let (Some(one), Some(other)) = (read(from), read(to)) {
             if one.revision != other.revision {
-                let shown = |revision: &Option<String>| revision.as_ref().map_or("unknown".to_owned(), |it| it.chars().take(12).collect());
+                let shown = |revision: &Option<String>| {
+                    revision.as_ref().map_or("unknown".to_owned(), |it| it.chars().take(12).collect())
+                };
                 lines.push(format!("commit {} → {}", shown(&one.revision), shown(&other.revision)));
             }
         }
