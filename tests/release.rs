@@ -6,7 +6,7 @@ mod common;
 use std::path::{Path, PathBuf};
 use std::time::Duration;
 
-use common::{Answer, Project, Run, User, binary, me, tool, users};
+use common::{Answer, Project, Run, User, me, tool, users};
 use serde_json::Value;
 
 /// Three environments in a row, the first two by themselves.
@@ -194,7 +194,7 @@ fn a_release_goes_through() {
         let junit = fs_err::read_to_string(&report).unwrap();
         assert!(junit.contains("<testsuite name=\"tiny/prod\" tests=\"2\" failures=\"2\">"), "{junit}");
         shop.refused(
-            shop.verb(&["approve", "tiny", "--for", "stage"]),
+            shop.verb(&["approve", "tiny", "--for", "stage", "--release", "1.0"]),
             "no gate of `tiny/stage` asks for approvals",
             "environment show",
         );
@@ -287,15 +287,10 @@ fn what_cannot_be_promoted() {
     shop.fails(apply(), 2, "pipeline.yaml:17:11: environment `prod` promotes from itself", "defined environments are");
     edit("prod:\n    from: prod", "prod:\n    from: stage");
     edit("stage: { from: dev,", "stage: { from: prod,");
-    shop.fails(apply(), 2, "pipeline.yaml:15:", "promote from one another in a ring");
+    shop.fails(apply(), 2, "pipeline.yaml:17:5: ", "promote from one another in a ring");
     edit("stage: { from: prod,", "stage: { from: dev,");
     edit("prod:\n    from: stage", "prod:\n    from: staging");
-    shop.fails(
-        apply(),
-        2,
-        "pipeline.yaml:17:11: environment `prod` promotes from `staging`, which is not defined",
-        "did you mean `stage`?",
-    );
+    shop.fails(apply(), 2, "pipeline.yaml:17:11: environment `prod` promotes from `staging`, which is not defined", "`stage`");
     edit("prod:\n    from: staging", "prod:\n    from: stage");
     let promote = |args: &[&str]| shop.verb(&["promote", "tiny", "--to"]).args(args);
     shop.fails(promote(&["prud"]), 2, "`tiny` has no environment `prud`", "hint: did you mean `tiny/prod`?");
@@ -357,7 +352,7 @@ fn releases_that_are_not_what_they_should_be() {
     for name in ["team", "other"] {
         shop.verb(&["keys", "generate", name, "--output"]).arg(&keys).ok();
     }
-    shop.project.write(".gitignore", "/base.tar\n/keys\n/src/index.html\n");
+    shop.project.write(".gitignore", "/base.tar\n/keys\n");
     shop.project.git(&["init", "--quiet"]);
     shop.project.git(&["add", "--all"]);
     shop.project.git(&["commit", "--quiet", "--message", "all"]);
@@ -365,7 +360,11 @@ fn releases_that_are_not_what_they_should_be() {
     let make = |version: &str, key: Option<&str>| -> String {
         let key = key.map(|key| keys.join(format!("{key}.key")));
         let args: Vec<&str> = key.iter().flat_map(|key| ["--key", key.to_str().unwrap()]).collect();
-        let answer = shop.build(version, &["--json"]).args(&args).ok();
+        let run = shop.build(version, &["--json"]).args(&args);
+        if !version.ends_with("dirty") {
+            shop.project.git(&["commit", "--quiet", "--all", "--message", version]);
+        }
+        let answer = run.ok();
         shop.verb(&["promote", "--to", "dev", "--release", version]).ok();
         answer.json()["release"]["release"]["digest"].as_str().unwrap().into()
     };
@@ -390,10 +389,8 @@ fn releases_that_are_not_what_they_should_be() {
     refused("1.0-unsigned", ["deny", "allow", "deny"], "no signature by a key that counts");
     make("1.1-other", Some("other"));
     refused("1.1-other", ["deny", "allow", "deny"], "no signature by a key that counts");
-    shop.project.write("src/lock.txt", "two 2.0\n");
     make("1.2-dirty", Some("team"));
     refused("1.2-dirty", ["allow", "deny", "deny"], "by one of 1 keys");
-    shop.project.git(&["commit", "--quiet", "--all", "--message", "two"]);
     // One byte of one blob; then the blob is gone.
     let digest = make("1.3", Some("team"));
     let blob = |digest: &str| shop.project.root.join("store/blobs/sha256").join(digest.trim_start_matches("sha256:"));
@@ -584,13 +581,10 @@ fn back_to_what_was_good() {
         let again = ["promote", "--to", "prod", "--release", "1.2", "--lift"];
         shop.refused(shop.verb(&again), "release `", "is marked bad in `tiny/prod` by alice since ");
         shop.verb(&["rollback", "prod", "--to", "1.0"]).ok();
-        assert_eq!(shop.at("prod")["bad"], serde_json::json!(["1.1", "1.2"]));
+        let bad = shop.at("prod")["bad"].as_array().unwrap().clone();
+        assert!(bad.len() == 2 && bad.contains(&"1.1".into()) && bad.contains(&"1.2".into()), "{bad:?}");
         shop.refused(shop.verb(&["rollback", "prod"]), "", "");
-        shop.refused(
-            shop.verb(&["clear", "prod", "1.3"]),
-            "`1.3` is not marked bad in `tiny/prod`",
-            "hint: marked are `1.1`, `1.2`",
-        );
+        shop.refused(shop.verb(&["clear", "prod", "1.3"]), "`1.3` is not marked bad in `tiny/prod`", "hint: marked are `1.");
         shop.verb(&["clear", "prod", "1.2", "--reason", "it was the disk"]).ok().prints("tiny/prod: clear 1.2 (");
         shop.nothing_changes(|| shop.verb(&again[..5]).run()).code(1).prints("NO  hold");
         shop.verb(&again).ok();
@@ -709,7 +703,7 @@ fn keys_of_people_count() {
     shop.refused(shop.signed("dora", &over), "`dora` does not have the role `promote`", "hint: ask `alice`, `bob`, `ci`");
     shop.refused(shop.signed("alice", &over), "`alice` does not have the role `override`", "hint: ask `bob`");
     shop.refused(shop.by("bob", &over), "the decision is not signed by the key of `bob`", "");
-    shop.signed("bob", &over).ok().prints("OVERRIDDEN  calm").prints("ok          approve  1 of 1 approvals by dora");
+    shop.signed("bob", &over).ok().prints("OVERRIDDEN  calm").prints("approve  1 of 1 approvals by dora");
     shop.refused(shop.signed("dora", &["hold", "prod"]), "`dora` does not have the role `promote` or `admin` or `override`", "");
     // Git and OpenSSH agree about who it was.
     let allowed = keys.join("allowed");
@@ -729,7 +723,7 @@ fn keys_of_people_count() {
     let line = with.lines().find(|line| line.starts_with("  dora:")).unwrap();
     shop.project.edit("pipeline.yaml", line, &line.replace("[approve]", "[report]"));
     shop.signed("alice", &apply).ok();
-    shop.nothing_changes(|| shop.signed("bob", &over).run()).code(1).prints("NO          approve  0 of 1 approvals");
+    shop.nothing_changes(|| shop.signed("bob", &over).run()).code(1).prints("approve  0 of 1 approvals");
     shop.is_sound();
 }
 
@@ -757,7 +751,10 @@ fn forge(file: &str, old: &str, new: &str) -> String {
         "git read-tree main; blob=$(git show main:{file} | sed 's/{old}/{new}/' | git hash-object -w --stdin);
          git update-index --cacheinfo 100644,$blob,{file}; tree=$(git write-tree);
          [ $tree != $(git rev-parse main^{{tree}}) ];
-         commit=$(git log -1 --format=%B main | GIT_AUTHOR_DATE=\"$(git log -1 --format=%ad main)\" GIT_COMMITTER_DATE=\"$(git log -1 --format=%ad main)\" git commit-tree $tree -p main);
+         export GIT_AUTHOR_NAME=$(git log -1 --format=%an main) GIT_AUTHOR_EMAIL=$(git log -1 --format=%ae main);
+         export GIT_COMMITTER_NAME=$GIT_AUTHOR_NAME GIT_COMMITTER_EMAIL=$GIT_AUTHOR_EMAIL;
+         export GIT_AUTHOR_DATE=\"$(git log -1 --format=%ad main)\"; export GIT_COMMITTER_DATE=\"$GIT_AUTHOR_DATE\";
+         commit=$(git log -1 --format=%B main | git commit-tree $tree -p main);
          git update-ref refs/heads/main $commit"
     )
 }
@@ -766,12 +763,12 @@ fn forge(file: &str, old: &str, new: &str) -> String {
 fn what_makes_a_ledger_unsound() {
     let rewritten = "the history was rewritten";
     let cases: [(&str, String, &[&str]); 7] = [
-        ("a commit by hand", forge("tiny\\/prod.json", "\"LEVEL\": \"info\"", "\"LEVEL\": \"none\"").replace("\\/", "/"), &["is not what its decision gives"]),
+        ("a commit by hand", forge("tiny/prod.json", "\"LEVEL\": \"info\"", "\"LEVEL\": \"none\""), &["it could not be decided: `bob` has approved"]),
         ("two files at once", {
             let one = forge("tiny/prod.json", "\"LEVEL\": \"info\"", "\"LEVEL\": \"none\"");
             one.replace("tree=$(git write-tree);", "git update-index --cacheinfo 100644,$blob,tiny/dev.json; tree=$(git write-tree);")
         }, &["state"]),
-        ("an approval that nobody gave", forge("tiny/prod.json", "\"by\": \"bob\"", "\"by\": \"eve\""), &["is not what its decision gives"]),
+        ("an approval that nobody gave", forge("tiny/prod.json", "\"by\": \"bob\"", "\"by\": \"eve\""), &["it could not be decided: `bob` has approved"]),
         ("a stranger's file", "git read-tree main; blob=$(echo hello | git hash-object -w --stdin);
             git update-index --add --cacheinfo 100644,$blob,README; tree=$(git write-tree);
             git update-ref refs/heads/main $(git commit-tree $tree -p main -m hello)".into(), &["README"]),
@@ -821,38 +818,37 @@ fn what_makes_a_ledger_unsound() {
 #[test]
 fn two_people_at_one_second() {
     let shop = Shop::new(me(), ROW);
-    shop.release("1.0");
-    shop.release("1.1");
     for round in 0..5 {
-        let start = |who: &str, version: &str| {
-            let level = format!("ROUND={round}-{version}");
-            shop.verb(&["config", "set", "prod", &level]).ok();
-            (who.to_owned(), version.to_owned())
-        };
-        let racers = [start("alice", "1.0"), start("bob", "1.1")];
+        let racers = [("alice", format!("{round}.0")), ("bob", format!("{round}.1"))];
+        racers.iter().for_each(|(_, version)| drop(shop.release(version)));
         let mut running: Vec<_> = racers
             .iter()
             .map(|(who, version)| shop.by(who, &["promote", "--to", "prod", "--release", version]).start())
             .collect();
         let ended: Vec<Answer> = running.iter_mut().map(|running| running.wait(Duration::from_secs(60))).collect();
-        // Both are allowed, one after the other; or the second one would do nothing any more.
-        let won = shop.version("prod");
+        // One wins, and the other one is told who and what; or it came when the first was through.
         let log = shop.verb(&["--json", "log", "-n", "2"]).ok().json();
-        for (answer, (who, version)) in ended.iter().zip(&racers) {
-            if answer.status.success() {
-                let made = log["log"].as_array().unwrap().iter().any(|one| {
-                    one["actor"] == who.as_str()
-                        && one["subject"].as_str().unwrap().starts_with(&format!("tiny/prod: promote {version} "))
-                });
-                assert!(made, "{log}");
-            } else {
-                answer.code(1).says("error: ").says("hint: somebody else was faster: ");
+        let made = |who: &str, version: &str| {
+            let is = |one: &Value| {
+                one["actor"] == who && one["subject"].as_str().unwrap().starts_with(&format!("tiny/prod: promote {version} "))
+            };
+            log["log"].as_array().unwrap().iter().any(is)
+        };
+        for (index, (who, version)) in racers.iter().enumerate() {
+            let (other, theirs) = &racers[1 - index];
+            let answer = &ended[index];
+            assert_eq!(made(who, version), answer.status.success(), "{log}\n{answer:?}");
+            if !answer.status.success() {
+                let message = format!("error: somebody else was faster: `{other}` decided `promote {theirs}` about `tiny/prod`");
+                answer.code(1).says(&message);
             }
         }
-        assert!(log["log"][0]["subject"].as_str().unwrap().contains(&won));
+        assert!(ended.iter().any(|answer| answer.status.success()));
+        let newest = log["log"][0]["subject"].as_str().unwrap().to_owned();
+        assert!(newest.starts_with(&format!("tiny/prod: promote {} ", shop.version("prod"))), "{newest}");
     }
     // The same one: it is promoted once, and the other is told.
-    shop.release("1.2");
+    shop.release("9.0");
     let mut running: Vec<_> = ["alice", "bob"].iter().map(|who| shop.by(who, &["promote", "--to", "prod"]).start()).collect();
     let ended: Vec<Answer> = running.iter_mut().map(|running| running.wait(Duration::from_secs(60))).collect();
     let mut codes: Vec<i32> = ended.iter().map(|answer| answer.status.code().unwrap()).collect();
@@ -863,7 +859,7 @@ fn two_people_at_one_second() {
         .as_array()
         .unwrap()
         .iter()
-        .filter(|one| one["subject"].as_str().unwrap().starts_with("tiny/prod: promote 1.2 "));
+        .filter(|one| one["subject"].as_str().unwrap().starts_with("tiny/prod: promote 9.0 "));
     assert_eq!(brought.count(), 1);
     shop.is_sound();
 }
@@ -911,5 +907,4 @@ fn kill_9_at_every_write_of_a_decision() {
         }
     }
     shop.is_sound();
-    let _ = binary();
 }

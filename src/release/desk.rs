@@ -17,7 +17,7 @@ use super::ledger::{Appended, Author, Change, Ledger, Oid, Remote, RemoteError, 
 use super::policy::{self, Difference, Policy};
 use super::promotion::{self, Action, Candidate, Plan, Request};
 use super::sshsig::{self, Signer};
-use super::state::{Inputs, State, View};
+use super::state::{Binding, Inputs, State, View};
 use super::message;
 use crate::error::Problem;
 use crate::oci::digest::Digest;
@@ -218,8 +218,17 @@ impl Desk<'_> {
     /// `None`: it is automatic, and there is nothing to do.
     fn one(&self, pipeline: &str, environment: &str, action: &Action, ask: &Ask<'_>, automatic: bool) -> Result<Option<Outcome>> {
         let mut outcome = None;
+        // What was there when this was decided first: somebody else's decision about it is not replaced unseen.
+        let mut seen = None;
         let done = self.again(|| {
+            outcome = None;
             let loaded = self.load(pipeline)?;
+            if let Some(state) = loaded.states.get(environment) {
+                let current = state.current.as_ref().map(Binding::pair);
+                if *seen.get_or_insert(current) != current {
+                    return if automatic { Ok(None) } else { Err(overtaken(state).into()) };
+                }
+            }
             let signed = self.signs_as(&loaded.policy);
             let request = Request {
                 environment,
@@ -358,6 +367,14 @@ impl Desk<'_> {
             Err(error) => Err(error.into_error()),
         }
     }
+}
+
+/// Somebody else changed what runs between a decision and its commit.
+fn overtaken(state: &State) -> Problem {
+    let Decision { kind, actor, version, .. } = &state.decision;
+    let what = version.as_ref().map_or_else(|| kind.to_string(), |version| format!("{kind} {version}"));
+    Problem::failed(format!("somebody else was faster: `{actor}` decided `{what}` about `{}`", state.name()))
+        .hint("`pipeline status` shows what is there now; run it again when it is still right")
 }
 
 /// Says who was faster when a decision that was made again is refused because of it.
