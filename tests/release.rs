@@ -665,7 +665,7 @@ fn keys_of_people_count() {
     let text = shop.project.read("pipeline.yaml");
     shop.project.write(
         "pipeline.yaml",
-        format!("{text}{ROW}    gates: [ {{ approve: 1 }}, {{ name: calm, window: {{ deny: FREQ=DAILY, duration: 24h }} }} ]\npeople:\n{people}"),
+        format!("{text}{ROW}    gates: [ {{ approve: 1 }}, {{ name: calm, command: {{ run: [\"false\"] }} }} ]\npeople:\n{people}"),
     );
     shop.verb(&["environment", "apply"]).ok().says("the first policy of `tiny` is trusted as it is");
     // Later ones need an admin and his key.
