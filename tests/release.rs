@@ -291,6 +291,7 @@ fn what_cannot_be_promoted() {
     edit("stage: { from: prod,", "stage: { from: dev,");
     edit("prod:\n    from: stage", "prod:\n    from: staging");
     shop.fails(apply(), 2, "pipeline.yaml:17:11: environment `prod` promotes from `staging`, which is not defined", "`stage`");
+    shop.fails(shop.verb(&["hold", "prod"]), 2, "pipeline.yaml:17:11: environment `prod` promotes from `staging`", "`stage`");
     edit("prod:\n    from: staging", "prod:\n    from: stage");
     let promote = |args: &[&str]| shop.verb(&["promote", "tiny", "--to"]).args(args);
     shop.fails(promote(&["prud"]), 2, "`tiny` has no environment `prud`", "hint: did you mean `tiny/prod`?");
