@@ -103,14 +103,14 @@ impl Office {
 
     /// The pipeline's name: as given, or of this folder.
     pub fn pipeline(&self, given: Option<&str>) -> Result<String> {
-        match given {
-            Some(name) => Ok(name.into()),
-            None => self
-                .here
-                .as_ref()
-                .map(|here| here.name.to_string())
-                .ok_or_else(|| Problem::usage("which pipeline?").hint("write PIPELINE/ENVIRONMENT, or `-p PIPELINE`").into()),
+        if let Some(name) = given.map(str::to_owned).or_else(|| self.here.as_ref().map(|here| here.name.to_string())) {
+            return Ok(name);
         }
+        // A file that is there and wrong is what has to be told.
+        if crate::config::find(None, &self.around.cwd).is_ok() {
+            return self.around.pipeline(None).map(|here| here.name.to_string());
+        }
+        Err(Problem::usage("which pipeline?").hint("write PIPELINE/ENVIRONMENT, or `-p PIPELINE`").into())
     }
 
     pub fn name(&self) -> &str {

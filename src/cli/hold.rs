@@ -203,11 +203,12 @@ fn all(global: &Global, environment: &str, kind: Kind, reason: &str, until: Opti
     Ok(0)
 }
 
-/// `2026-12-24T18:00:00Z`, or how long from `now`.
+/// `2026-12-24T18:00:00Z`, or how long from `now`; whole seconds, as everything in the ledger.
 fn time(text: &str, now: Timestamp) -> Result<Timestamp> {
     if let Ok(time) = text.parse::<Timestamp>() {
-        return Ok(time);
+        return Ok(Timestamp::from_second(time.as_second())?);
     }
+    let now = Timestamp::from_second(now.as_second())?;
     if let Ok(length) = syntax::duration(text) {
         let seconds = i64::try_from(length.as_secs()).unwrap_or(i64::MAX);
         return Ok(now.checked_add(SignedDuration::from_secs(seconds))?);
@@ -223,9 +224,9 @@ mod tests {
 
     #[test]
     fn ends_of_freezes() {
-        let now: Timestamp = "2026-11-21T12:00:00Z".parse().unwrap();
+        let now: Timestamp = "2026-11-21T12:00:00.9Z".parse().unwrap();
         let cases = [
-            ("2026-12-24T18:00:00+01:00", Some("2026-12-24T17:00:00Z")),
+            ("2026-12-24T18:00:00.5+01:00", Some("2026-12-24T17:00:00Z")),
             ("90m", Some("2026-11-21T13:30:00Z")),
             ("tomorrow", None),
             ("2026-12-24", None),

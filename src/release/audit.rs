@@ -112,17 +112,17 @@ fn state(
         return Ok(Some(format!("it takes the state of `{pipeline}/{environment}` away")));
     };
     let now = State::parse(&bytes)?;
-    let Some(old) = then.states.get(environment) else {
-        return Ok(Some(format!("`{}` was not there before", now.name())));
-    };
-    if let Some(wrong) = says(commit, &now.decision, &message::of_state(old, &now)) {
+    if let Some(wrong) = says(commit, &now.decision, &message::of_state(&now)) {
         return Ok(Some(wrong));
     }
-    Ok(replay(commit, &then, old, &now))
+    Ok(replay(commit, &then, &now))
 }
 
 /// Makes the decision again.
-fn replay(commit: &Commit, then: &Loaded, old: &State, now: &State) -> Option<String> {
+fn replay(commit: &Commit, then: &Loaded, now: &State) -> Option<String> {
+    let Some(old) = then.states.get(&now.environment) else {
+        return Some(format!("`{}` was not there before", now.name()));
+    };
     let signed = signed(commit, &then.policy, &now.decision.actor);
     let inputs = Inputs { view: then.view(), signed, previous: now.previous.as_deref() };
     match old.after(&now.decision, inputs) {

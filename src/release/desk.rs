@@ -18,7 +18,7 @@ use super::message;
 use super::policy::{self, Difference, Policy};
 use super::promotion::{self, Action, Candidate, Plan, Request};
 use super::sshsig::{self, Signer};
-use super::state::{Inputs, State, View};
+use super::state::{Binding, Inputs, State, View};
 use crate::error::Problem;
 use crate::oci::digest::Digest;
 use crate::progress::Progress;
@@ -219,8 +219,17 @@ impl Desk<'_> {
     /// `None`: it is automatic, and there is nothing to do.
     fn one(&self, pipeline: &str, environment: &str, action: &Action, ask: &Ask<'_>, automatic: bool) -> Result<Option<Outcome>> {
         let mut outcome = None;
+        // What was there when this was decided first: somebody else's decision about it is not replaced unseen.
+        let mut seen = None;
         let done = self.again(|| {
+            outcome = None;
             let loaded = self.load(pipeline)?;
+            if let Some(state) = loaded.states.get(environment) {
+                let current = state.current.as_ref().map(Binding::pair);
+                if *seen.get_or_insert(current) != current {
+                    return if automatic { Ok(None) } else { Err(overtaken(state).into()) };
+                }
+            }
             let signed = self.signs_as(&loaded.policy);
             let request = Request {
                 environment,
@@ -318,7 +327,7 @@ impl Desk<'_> {
         let after = state.after(decision, inputs).map_err(Problem::from)?;
         let draft = Draft {
             writes: vec![(path, Some(after.bytes()))],
-            message: message::of_state(state, &after),
+            message: message::of_state(&after),
             time: decision.time,
             offline: decision.kind == Kind::Rollback,
         };
@@ -360,6 +369,14 @@ impl Desk<'_> {
             Err(error) => Err(error.into_error()),
         }
     }
+}
+
+/// Somebody else changed what runs between a decision and its commit.
+fn overtaken(state: &State) -> Problem {
+    let Decision { kind, actor, version, .. } = &state.decision;
+    let what = version.as_ref().map_or_else(|| kind.to_string(), |version| format!("{kind} {version}"));
+    Problem::failed(format!("somebody else was faster: `{actor}` decided `{what}` about `{}`", state.name()))
+        .hint("`pipeline status` shows what is there now; run it again when it is still right")
 }
 
 /// Says who was faster when a decision that was made again is refused because of it.

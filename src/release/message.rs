@@ -5,8 +5,8 @@
 use super::decision::{Decision, Kind, Verdict};
 use super::state::State;
 
-/// The message of the decision that made `after` of `before`.
-pub fn of_state(before: &State, after: &State) -> String {
+/// The message of the decision that made `after`.
+pub fn of_state(after: &State) -> String {
     let decision = &after.decision;
     let what = match (decision.kind, &decision.version, &decision.to) {
         (Kind::Configure, _, None) => "configure, waiting for a promotion".to_owned(),
@@ -15,14 +15,10 @@ pub fn of_state(before: &State, after: &State) -> String {
         (kind, _, None) => kind.to_string(),
     };
     let mut lines = trailers(decision, &after.pipeline, &after.environment);
-    let binding = |state: &State| state.current.as_ref().map_or_else(none, |binding| binding.release.to_string());
-    let config = after.current.as_ref().map(|binding| binding.config.digest());
-    lines.push(("From", binding(before)));
-    lines.push(("To", binding(after)));
+    // What it is about (an approval is of a configuration that may be none yet), else what is there.
+    let config = decision.config.or_else(|| after.current.as_ref().map(|binding| binding.config.digest()));
     lines.push(("Config", config.map_or_else(none, |digest| digest.to_string())));
-    if let Some(release) = decision.to {
-        lines.push(("Release", release.to_string()));
-    }
+    lines.extend(decision.author.as_deref().map(|author| ("Author", one_line(author))));
     whole(&format!("{}: {what}", after.name()), decision, lines)
 }
 
@@ -41,11 +37,14 @@ fn none() -> String {
 }
 
 fn trailers(decision: &Decision, pipeline: &str, environment: &str) -> Vec<(&'static str, String)> {
+    let release = |digest: &Option<crate::oci::digest::Digest>| digest.map_or_else(none, |digest| digest.to_string());
     vec![
         ("Decision", decision.kind.to_string()),
         ("Pipeline", pipeline.to_owned()),
         ("Environment", environment.to_owned()),
         ("Actor", one_line(&decision.actor)),
+        ("From", release(&decision.from)),
+        ("To", release(&decision.to)),
     ]
 }
 
@@ -55,6 +54,11 @@ fn whole(subject: &str, decision: &Decision, mut lines: Vec<(&'static str, Strin
         let verdict = if loud.is_empty() { answer.verdict.to_string() } else { loud.to_owned() };
         lines.push(("Gate", format!("{} {verdict} {}", answer.gate, one_line(&answer.reason))));
     }
+    if decision.lift {
+        lines.push(("Lift", "yes".to_owned()));
+    }
+    lines.extend(decision.until.map(|until| ("Until", until.to_string())));
+    lines.extend(decision.health.map(|status| ("Health", status.to_string())));
     if decision.automatic {
         lines.push(("Automatic", "yes".to_owned()));
     }

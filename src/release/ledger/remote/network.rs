@@ -156,6 +156,10 @@ pub(super) fn explain(url: &str, error: &git2::Error) -> RemoteError {
     let lower = words.to_lowercase();
     let any = |list: &[&str]| list.iter().any(|part| lower.contains(part));
     let url = url.to_owned();
+    // A folder that is not there is a disk that is not mounted, as far as anybody can tell from here.
+    if error.class() == ErrorClass::Os && lower.starts_with("failed to resolve path") {
+        return RemoteError::Unreachable { url, words };
+    }
     let refused = matches!(error.code(), ErrorCode::Auth | ErrorCode::Certificate | ErrorCode::Owner | ErrorCode::NotFound)
         || any(&["status code: 4", "authentication", "not found", "not exist", "not owned", "denied", "invalid credentials"])
             && !any(&["status code: 408", "status code: 429"]);
@@ -184,7 +188,7 @@ mod tests {
             (ErrorCode::GenericError, ErrorClass::Http, "unexpected http status code: 403", "refused"),
             (ErrorCode::Auth, ErrorClass::Callback, "no credentials that it accepts were found", "refused"),
             (ErrorCode::Certificate, ErrorClass::Ssl, "the SSL certificate is invalid", "refused"),
-            (ErrorCode::NotFound, ErrorClass::Os, "failed to resolve path '/nowhere': No such file or directory", "refused"),
+            (ErrorCode::NotFound, ErrorClass::Os, "failed to resolve path '/nowhere': No such file or directory", "unreachable"),
             (ErrorCode::GenericError, ErrorClass::Net, "early EOF", "unreachable"),
             (ErrorCode::GenericError, ErrorClass::Odb, "failed to write: No space left on device", "other"),
         ] {
