@@ -91,7 +91,7 @@ pub fn make(global: &Global, around: &ui::Surroundings, pipeline: &Pipeline, bui
     if let Some(file) = &args.digest_file {
         fs_err::write(file, format!("{}\n", made.release.digest))?;
     }
-    let entered = enter(global, &name, &made.release)?;
+    let entered = enter(global, &name, &made.release, !pipeline.releases.environments.is_empty())?;
     Ok(Answer { schema: 1, built, release: made, entered })
 }
 
@@ -115,10 +115,12 @@ pub fn status(answer: &Answer) -> u8 {
 }
 
 /// Lets a release come to the environments of the ledger where releases enter by themselves.
-fn enter(global: &Global, name: &str, made: &Release) -> Result<Vec<Outcome>> {
-    let Ok(office) = Office::open(global, Some(name)) else {
+fn enter(global: &Global, name: &str, made: &Release, has_environments: bool) -> Result<Vec<Outcome>> {
+    let office = match Office::open(global, Some(name)) {
+        Ok(office) => office,
         // Nobody has to be known to Git only to build.
-        return Ok(Vec::new());
+        Err(_) if !has_environments => return Ok(Vec::new()),
+        Err(error) => return Err(error.context("the release is made, and entered no environment")),
     };
     let Some(loaded) = crate::release::desk::load(&office.ledger.snapshot()?, name)? else { return Ok(Vec::new()) };
     let automatic = loaded.policy.environments.iter().filter(|(_, policy)| policy.automatic && policy.from.names().is_empty());
@@ -126,6 +128,8 @@ fn enter(global: &Global, name: &str, made: &Release) -> Result<Vec<Outcome>> {
     for (environment, _) in automatic {
         let current = loaded.states.get(environment).and_then(|state| state.current.as_ref());
         if current.is_some_and(|binding| binding.release == made.digest) {
+            // What a run before this one did not get to do.
+            outcomes.extend(office.sit(|desk| desk.follow(name, environment))?);
             continue;
         }
         let author = Some(office.name().to_owned());
