@@ -99,7 +99,7 @@ fn signing_and_reporting_never_change_a_release() {
     }
     let after_one = referrer::attached(&store, &release.digest).unwrap();
     sign::sign(&store, &release, "shop", &two).unwrap();
-    referrer::attach_report(&store, &release, "smoke", "application/xml", b"<testsuite/>").unwrap();
+    referrer::attach_report(&store, &release, ("smoke", "pass"), "application/xml", b"<testsuite/>").unwrap();
     provenance::attach(&store, &release, &facts(&release), Some(&one)).unwrap();
     assert_eq!(after_one.len(), 2, "a second signature of one key is none");
     assert_eq!(referrer::attached(&store, &release.digest).unwrap().len(), 5);
@@ -128,7 +128,7 @@ fn cosign_verifies_what_we_sign() {
     assert_eq!((signed.len(), signed[0].digest), (3, release.digest));
     provenance::attach(&store, &release, &facts(&release), Some(&key)).unwrap();
     // A report that is no bundle lies between: cosign has to pass over it.
-    referrer::attach_report(&store, &release, "smoke", "application/xml", b"<testsuite/>").unwrap();
+    referrer::attach_report(&store, &release, ("smoke", "pass"), "application/xml", b"<testsuite/>").unwrap();
     push_release(&http, "team/shop", &store, &release.digest);
     // The store with all its attachments is still a layout others read.
     store.tag("shop:1.4", &image).unwrap();

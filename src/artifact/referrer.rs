@@ -30,6 +30,8 @@ pub(super) const EMPTY: &[u8] = b"{}";
 pub const REPORT_TYPE: &str = "application/vnd.pipeline.report.v1";
 /// Annotation with a report's name.
 const REPORT: &str = "io.pipeline.report";
+/// Annotation with how the tests ended: `pass` or `fail`.
+pub const REPORT_RESULT: &str = "io.pipeline.report.result";
 /// A tag has at most 128 characters (distribution specification); a report's name gets these.
 const REPORT_NAME: usize = 40;
 
@@ -206,9 +208,16 @@ fn tag_next(store: &Store, subject: &Digest, kind: &Kind, manifest: &Descriptor)
     }
 }
 
-/// Attaches a test report: `media_type` is its own, such as `application/xml` of JUnit's.
-pub fn attach_report(store: &Store, subject: &Descriptor, name: &str, media_type: &str, bytes: &[u8]) -> Result<Descriptor> {
-    let annotations = BTreeMap::from([(REPORT.to_string(), name.to_string())]);
+/// Attaches a test report of this name with its result, `pass` or `fail`: `media_type` is its own, such as
+/// `application/xml` of JUnit's.
+pub fn attach_report(
+    store: &Store,
+    subject: &Descriptor,
+    (name, result): (&str, &str),
+    media_type: &str,
+    bytes: &[u8],
+) -> Result<Descriptor> {
+    let annotations = BTreeMap::from([(REPORT.to_string(), name.to_string()), (REPORT_RESULT.to_string(), result.to_string())]);
     attach(store, subject, &Kind::report(name)?, (REPORT_TYPE, media_type), bytes, &annotations)
 }
 
@@ -385,8 +394,8 @@ mod tests {
         let dirs = [tempfile::tempdir().unwrap(), tempfile::tempdir().unwrap()];
         let [here, there] = dirs.each_ref().map(|dir| Store::open(dir.path()).unwrap());
         let subject = Descriptor::new(MANIFEST_TYPE, there.put(b"subject").unwrap(), 7);
-        attach_report(&there, &subject, "smoke", "application/xml", b"<a/>").unwrap();
-        attach_report(&there, &subject, "smoke", "application/xml", b"<b/>").unwrap();
+        attach_report(&there, &subject, ("smoke", "pass"), "application/xml", b"<a/>").unwrap();
+        attach_report(&there, &subject, ("smoke", "pass"), "application/xml", b"<b/>").unwrap();
         for (kind, kind_type, predicate) in [
             (Kind::Bundle, dsse::BUNDLE_TYPE, "https://sigstore.dev/cosign/sign/v1"),
             (Kind::Provenance, dsse::BUNDLE_TYPE, provenance::PREDICATE),

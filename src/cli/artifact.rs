@@ -1,7 +1,7 @@
 //! `pipeline artifact …`: what is in the store.
 
 use std::io::Write as _;
-use std::path::PathBuf;
+use std::path::{Path, PathBuf};
 
 use anyhow::{Context as _, Result};
 use serde::Serialize;
@@ -9,7 +9,7 @@ use serde_json::{Value, json};
 
 use super::{Global, report, signals, ui};
 use crate::artifact::store::{Descriptor, INDEX_TYPE, REF_NAME, Store};
-use crate::artifact::{archive, image, remote};
+use crate::artifact::{archive, image, referrer, remote};
 use crate::build::{self, prune, record, verify};
 use crate::error::{Problem, nearest};
 use crate::oci::digest::Digest;
@@ -73,6 +73,19 @@ pub enum Verb {
         #[arg(long)]
         rebuild: bool,
     },
+    /// Attach a test report to a release; the release stays as it is
+    Report {
+        /// NAME, NAME:VERSION or NAME:DIGEST
+        release: String,
+        /// What the tests wrote, such as JUnit XML
+        file: PathBuf,
+        /// The report's name, as the gate `report` asks for it
+        #[arg(long, value_name = "NAME")]
+        name: String,
+        /// How the tests ended
+        #[arg(long, value_name = "RESULT", value_parser = ["pass", "fail"])]
+        result: String,
+    },
     /// Remove what no tag and no recent build needs
     Prune {
         /// Show what would go
@@ -107,8 +120,25 @@ pub fn run(global: &Global, verb: Verb) -> Result<u8> {
             Ok(0)
         }
         Verb::Verify { image, rebuild } => verify(global, &around, &image, rebuild),
+        Verb::Report { release, file, name, result } => attach(global, &around, &release, &file, (&name, &result)),
         Verb::Prune { dry_run, keep } => prune(global, &around, dry_run, keep),
     }
+}
+
+/// Attaches the report `file` to a release, by the report's name and result.
+fn attach(global: &Global, around: &ui::Surroundings, wanted: &str, file: &Path, (name, result): (&str, &str)) -> Result<u8> {
+    let (pipeline, version) = wanted.split_once(':').map_or((wanted, None), |(pipeline, version)| (pipeline, Some(version)));
+    let release = super::release::find(&around.store, pipeline, version)?;
+    let media_type = match file.extension().and_then(|extension| extension.to_str()) {
+        Some("xml") => "application/xml",
+        Some("json") => "application/json",
+        _ => "text/plain",
+    };
+    let bytes = fs_err::read(file)?;
+    let attached = referrer::attach_report(&around.store, &release.descriptor(), (name, result), media_type, &bytes)?;
+    let value = json!({"schema": 1, "release": release.digest, "report": name, "result": result, "digest": attached.digest});
+    ui::answer(global, &value, || format!("{pipeline} {}: {name} says {result}\n", release.version))?;
+    Ok(0)
 }
 
 /// `name:tag` as OCI layouts allow it (image layout specification, "org.opencontainers.image.ref.name").

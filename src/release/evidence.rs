@@ -16,9 +16,6 @@ use crate::config::types::{Command, Http, VmTestFile};
 use crate::error::Problem;
 use crate::oci::digest::Digest;
 
-/// Annotation of a report: `pass` or `fail`.
-pub const RESULT: &str = "io.pipeline.report.result";
-
 /// Boots the disk of a release and runs a test in it: digest of the disk's manifest, the test.
 pub type Boot<'a> = dyn Fn(&Digest, &VmTestFile) -> Result<Tested> + 'a;
 
@@ -105,7 +102,7 @@ impl Evidence for FromStore<'_> {
         let mut seen = Vec::new();
         for attached in referrer::attached(self.store, release)? {
             let Attachment::Report(name) = attached.kind else { continue };
-            let result = attached.manifest.annotations.get(RESULT).cloned().unwrap_or_default();
+            let result = attached.manifest.annotations.get(referrer::REPORT_RESULT).cloned().unwrap_or_default();
             seen.push(ReportSeen { name, result });
         }
         Ok(seen)
