@@ -6,6 +6,7 @@ use anyhow::{Context as _, Result};
 use jiff::Timestamp;
 
 use super::{Global, ui};
+use crate::build::base;
 use crate::config::types::Pipeline;
 use crate::error::Problem;
 use crate::progress::Progress as _;
@@ -13,6 +14,7 @@ use crate::release::desk::Desk;
 use crate::release::evidence::FromStore;
 use crate::release::gate::{self, Tested};
 use crate::release::ledger::{Ledger, Remote};
+use crate::release::mirror::{self, Mirror, What};
 use crate::release::sshsig::Signer;
 
 /// Key that signs decisions, instead of Git's `user.signingKey`.
@@ -91,6 +93,29 @@ impl Office {
         let result = work(&desk);
         self.around.progress.finish();
         result
+    }
+
+    /// Calls `work` with what sets the registry's tags.
+    pub fn mirror<T>(&self, work: impl FnOnce(&Mirror<'_>) -> Result<T>) -> Result<T> {
+        let registry = || base::registry(&self.around.build());
+        let mirror = Mirror {
+            store: &self.around.store,
+            ledger: &self.ledger,
+            registry: &registry,
+            now: Timestamp::now(),
+            progress: &self.around.progress,
+        };
+        let result = work(&mirror);
+        self.around.progress.finish();
+        result
+    }
+
+    /// Sets the tags that follow the environments of `pipeline`. A decision stands, whatever becomes of them.
+    pub fn tags(&self, pipeline: &str, what: What) -> Vec<mirror::Told> {
+        self.mirror(|mirror| mirror.publish(pipeline, None, what)).unwrap_or_else(|error| {
+            self.around.progress.warn(format!("the tags of the registry were not looked at: {error:#}"));
+            Vec::new()
+        })
     }
 
     /// What `text` means: `shop/prod`, or `prod` of the pipeline `-p` names or this folder has.

@@ -15,9 +15,12 @@ use crate::config::types::{SecretRef, Upstream};
 use crate::error::Problem;
 use crate::progress::Progress as _;
 use crate::release::desk::Applied;
+use crate::release::mirror::{Became, What};
 use crate::release::policy::{self, Policy};
 use crate::release::promotion::Action;
 
+/// Exit status when tags are not set and trying again may help.
+const UNSET: u8 = 75;
 /// Bytes of a secret; a larger one is a file of the application.
 const SECRET_MAX: usize = 1 << 20;
 
@@ -46,6 +49,14 @@ pub enum Verb {
         /// Name of the pipeline
         #[arg(long, short, value_name = "NAME")]
         pipeline: Option<String>,
+    },
+    /// Compare the registry's tags with what the environments have, and set those that are behind
+    Tags {
+        /// PIPELINE or PIPELINE/ENVIRONMENT; default: this folder's pipeline
+        name: Option<String>,
+        /// Set also tags that somebody moved by hand
+        #[arg(long)]
+        retag: bool,
     },
 }
 
@@ -87,7 +98,47 @@ pub fn run(global: &Global, verb: Verb) -> Result<u8> {
         Verb::Apply { pipeline, reason, dry_run } => apply(global, pipeline.as_deref(), &reason, dry_run),
         Verb::List { pipeline } => list(global, pipeline.as_deref()),
         Verb::Show { environment, pipeline } => show(global, &environment, pipeline.as_deref()),
+        Verb::Tags { name, retag } => tags(global, name.as_deref(), retag),
     }
+}
+
+/// Exit status 1 when somebody moved a tag or the registry refused one, 75 when trying again may help.
+fn tags(global: &Global, name: Option<&str>, retag: bool) -> Result<u8> {
+    let (pipeline, environment) = match name.map(|name| name.split_once('/').unwrap_or((name, ""))) {
+        Some((pipeline, environment)) => (Some(pipeline), Some(environment).filter(|name| !name.is_empty())),
+        None => (None, None),
+    };
+    let office = Office::open(global, pipeline)?;
+    let pipeline = office.pipeline(pipeline)?;
+    let loaded = office.sit(|desk| {
+        desk.sync(true)?;
+        desk.load(&pipeline)
+    })?;
+    if let Some(environment) = environment {
+        loaded.policy.environment(environment).map_err(Problem::from)?;
+    }
+    if loaded.policy.registry.is_none() {
+        return Err(Problem::usage(format!("`{pipeline}` has no `registry` whose tags could follow its environments"))
+            .hint("like `registry: registry.example/team/shop` in the pipeline file, then `pipeline environment apply`")
+            .into());
+    }
+    let what = if retag { What::Retag } else { What::All };
+    let told = office.mirror(|mirror| mirror.publish(&pipeline, environment, what))?;
+    ui::answer(global, &json!({"schema": 1, "tags": told}), || {
+        let rows = told.iter().map(|told| {
+            let became = match &told.became {
+                Became::Set { .. } => "set".to_owned(),
+                Became::Stands => "stands".into(),
+                Became::Moved { to } => format!("MOVED by somebody to {to}"),
+                Became::Later { .. } => "not set yet".into(),
+            };
+            vec![told.tag.clone(), told.version.clone(), told.release.short(), became]
+        });
+        report::table(&rows.collect::<Vec<_>>())
+    })?;
+    let bad = |became: &Became| matches!(became, Became::Moved { .. } | Became::Later { passes: false, .. });
+    let passes = told.iter().any(|told| matches!(told.became, Became::Later { passes: true, .. }));
+    Ok(if told.iter().any(|told| bad(&told.became)) { 1 } else { u8::from(passes) * UNSET })
 }
 
 fn apply(global: &Global, pipeline: Option<&str>, reason: &str, dry_run: bool) -> Result<u8> {
@@ -269,5 +320,5 @@ fn configure(global: &Global, environment: &str, pipeline: Option<&str>, action:
         Ok((outcome, !desk.load(&place.pipeline)?.policy.people.is_empty()))
     })?;
     office.say_unchecked(people);
-    promote::finish(global, reasons, outcome)
+    promote::finish(global, &office, reasons, outcome)
 }

@@ -12,6 +12,7 @@ use crate::error::Problem;
 use crate::oci::digest::Digest;
 use crate::release::decision::Verdict;
 use crate::release::desk::{self, Ask, Desk, Loaded, Outcome};
+use crate::release::mirror::What;
 use crate::release::promotion::{self, Action, Back, Candidate, Plan};
 
 /// Exit status when something has to serve the release before it counts.
@@ -83,19 +84,26 @@ pub fn promote(global: &Global, args: PromoteArgs) -> Result<u8> {
     let pipeline = office.pipeline(pipeline.as_deref())?;
     if args.automatic {
         let outcomes = office.sit(|desk| desk.automatic(&pipeline))?;
-        ui::answer(global, &json!({"schema": 1, "outcomes": outcomes}), || outcomes.iter().map(text).collect())?;
+        let tags = office.tags(&pipeline, What::Left);
+        let value = json!({"schema": 1, "outcomes": outcomes, "tags": tags});
+        ui::answer(global, &value, || outcomes.iter().map(text).collect())?;
         return Ok(0);
     }
     let place = Place { pipeline, environment };
-    let (outcome, people) = office.sit(|desk| {
+    let decided = office.sit(|desk| {
         desk.sync(false)?;
         let loaded = desk.load(&place.pipeline)?;
         let action = coming(&office, &loaded, &place.environment, args.release.as_deref())?;
         let ask = args.reasons.ask(args.lift);
         Ok((desk.decide(&place.pipeline, &place.environment, &action, &ask)?, !loaded.policy.people.is_empty()))
-    })?;
+    });
+    if decided.is_err() {
+        // A run that was killed after its decision may have left a tag, and this one finds that there is nothing to decide.
+        office.tags(&place.pipeline, What::New);
+    }
+    let (outcome, people) = decided?;
     office.say_unchecked(people);
-    finish(global, &args.reasons, outcome)
+    finish(global, &office, &args.reasons, outcome)
 }
 
 pub fn rollback(global: &Global, args: RollbackArgs) -> Result<u8> {
@@ -111,7 +119,7 @@ pub fn rollback(global: &Global, args: RollbackArgs) -> Result<u8> {
         Ok((outcome, !loaded.policy.people.is_empty()))
     })?;
     office.say_unchecked(people);
-    finish(global, &args.reasons, outcome)
+    finish(global, &office, &args.reasons, outcome)
 }
 
 impl Reasons {
@@ -185,12 +193,19 @@ fn in_history(desk: &Desk<'_>, loaded: &Loaded, place: &Place, wanted: &str) -> 
         .into())
 }
 
-/// Shows the outcome; the exit status.
-pub fn finish(global: &Global, reasons: &Reasons, outcome: Outcome) -> Result<u8> {
+/// Shows the outcome and lets the registry's tags follow it; the exit status.
+pub fn finish(global: &Global, office: &Office, reasons: &Reasons, outcome: Outcome) -> Result<u8> {
     if let Some(file) = &reasons.junit {
         fs_err::write(file, junit(&outcome.plan))?;
     }
-    ui::answer(global, &json!({"schema": 1, "outcome": outcome}), || text(&outcome))?;
+    let tags = || outcome.commit.iter().flat_map(|_| office.tags(&outcome.plan.pipeline, What::Left)).collect::<Vec<_>>();
+    if global.json {
+        ui::answer(global, &json!({"schema": 1, "outcome": outcome, "tags": tags()}), String::new)?;
+    } else {
+        // A registry that is slow or away keeps nobody from reading what was decided.
+        ui::answer(global, &(), || text(&outcome))?;
+        tags();
+    }
     Ok(match (&outcome.commit, reasons.dry_run) {
         (None, false) => 1,
         (None, true) => u8::from(!outcome.plan.allowed),

@@ -18,6 +18,7 @@ use crate::error::{Problem, nearest};
 use crate::oci::digest::Digest;
 use crate::progress::Progress as _;
 use crate::release::make::{self, Made, Wish};
+use crate::release::mirror::What;
 use crate::release::promotion::{Action, Candidate, Pair};
 
 use super::desk::Office;
@@ -137,6 +138,7 @@ fn enter(global: &Global, name: &str, made: &Release, has_environments: bool) ->
         let ask = Ask::default();
         outcomes.push(office.sit(|desk| desk.decide(name, environment, &Action::Enter(candidate.clone()), &ask))?);
     }
+    office.tags(name, What::Left);
     Ok(outcomes)
 }
 

@@ -1,5 +1,6 @@
 //! `pipeline status`, `history`, `diff` and `log`: what the ledger says.
 
+use std::collections::BTreeMap;
 use std::fmt::Write as _;
 
 use anyhow::Result;
@@ -17,6 +18,7 @@ use crate::release::decision::Status;
 use crate::release::desk::{self, Loaded};
 use crate::release::evidence;
 use crate::release::gate;
+use crate::release::mirror::{self, What};
 use crate::release::promotion;
 use crate::release::state::State;
 
@@ -79,10 +81,18 @@ struct Row {
     frozen: Option<String>,
     /// Versions marked bad.
     bad: Vec<String>,
+    /// The registry's tag that follows it, as far as is known without asking.
+    tag: Option<Tag>,
     /// What could come next.
     waiting: Option<Waiting>,
     /// Whether a configuration waits for a promotion.
     configuration_waits: bool,
+}
+
+#[derive(Debug, Clone, PartialEq, Serialize)]
+struct Tag {
+    name: String,
+    state: mirror::Known,
 }
 
 #[derive(Debug, Clone, PartialEq, Serialize)]
@@ -102,7 +112,7 @@ pub fn status(global: &Global, args: StatusArgs) -> Result<u8> {
     office.sit(|desk| desk.sync(true))?;
     let snapshot = office.ledger.snapshot()?;
     let now = Timestamp::now();
-    let mut rows = Vec::new();
+    let mut rows: Vec<Row> = Vec::new();
     let names = snapshot.pipelines()?;
     if let Some(wanted) = pipeline.as_ref().filter(|wanted| !names.contains(wanted)) {
         return Err(Problem::usage(format!("the ledger has no pipeline `{wanted}`"))
@@ -123,13 +133,28 @@ pub fn status(global: &Global, args: StatusArgs) -> Result<u8> {
         if let Some(only) = only {
             loaded.policy.environment(only).map_err(Problem::from)?;
         }
+        let tags = tags(&office, &loaded)?;
         for environment in in_order(&loaded).into_iter().filter(|name| only.is_none_or(|only| only == name)) {
-            rows.extend(loaded.states.get(&environment).map(|state| row(&loaded, state, now)));
+            let tag = tags.get(&environment).cloned();
+            rows.extend(loaded.states.get(&environment).map(|state| Row { tag, ..row(&loaded, state, now) }));
         }
     }
     office.around.progress.finish();
     ui::answer(global, &json!({"schema": 1, "environments": rows}), || table(&rows, now))?;
     Ok(0)
+}
+
+/// The registry's tags by environment. What a command that was killed, or met a registry that was away, left is done now.
+fn tags(office: &Office, loaded: &Loaded) -> Result<BTreeMap<String, Tag>> {
+    let wanted = mirror::wanted(loaded);
+    let store = &office.around.store;
+    let mut known = mirror::known(store, &wanted)?;
+    if known.contains(&mirror::Known::Later) {
+        office.tags(&loaded.policy.pipeline, What::New);
+        known = mirror::known(store, &wanted)?;
+    }
+    let tags = wanted.into_iter().zip(known);
+    Ok(tags.map(|(wanted, state)| (wanted.environment, Tag { name: wanted.tag, state })).collect())
 }
 
 /// The environments of a pipeline from where releases enter to where they end.
@@ -186,6 +211,7 @@ fn row(loaded: &Loaded, state: &State, now: Timestamp) -> Row {
         hold: state.hold.as_ref().map(gate::hold_reason),
         frozen: state.frozen(&loaded.frozen, now).map(gate::freeze_reason),
         bad: state.bad.values().map(|bad| bad.version.clone()).collect(),
+        tag: None,
         waiting,
         configuration_waits: current.is_some_and(|binding| binding.config != state.configuration(policy)),
     }
@@ -209,6 +235,11 @@ fn table(rows: &[Row], now: Timestamp) -> String {
         let mut notes = Vec::new();
         notes.extend(row.frozen.as_ref().map(|why| format!("FROZEN {why}")));
         notes.extend(row.hold.as_ref().map(|why| format!("HOLD {why}")));
+        notes.extend(row.tag.as_ref().and_then(|tag| match tag.state {
+            mirror::Known::Set => None,
+            mirror::Known::Later => Some(format!("the tag `{}` is not set yet", tag.name)),
+            mirror::Known::Moved => Some(format!("SOMEBODY MOVED the tag `{}`", tag.name)),
+        }));
         notes.extend(row.waiting.as_ref().map(|next| match next.gates.first() {
             Some(gate) => format!("{} waits for {gate}", next.version),
             None => format!("{} may come", next.version),

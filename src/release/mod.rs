@@ -4,6 +4,7 @@
 //! make        what was built → release index, bills of materials, provenance, signatures
 //! desk        ledger → plan (pure) → append; again when somebody else was faster
 //! audit       every commit replayed with the functions that decide
+//! mirror      registry tags that follow what is current
 //! ```
 //! Pure: [`policy`] (what was applied), [`state`] (one environment, and the one function that changes it), [`decision`],
 //! [`gate`] (questions as data), [`promotion`] (what would happen) and [`message`]. [`ledger`] knows Git and nothing of
@@ -17,6 +18,7 @@ pub mod gate;
 pub mod ledger;
 pub mod make;
 pub mod message;
+pub mod mirror;
 pub mod policy;
 pub mod promotion;
 pub mod sshsig;
