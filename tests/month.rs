@@ -1,5 +1,5 @@
 //! A month of a team: 200 releases of two pipelines, and all that people do with them; every tenth process is killed, and
-//! once a day eight decide at one time. Afterwards the ledger is sound, Git finds nothing wrong, and everything is as
+//! every other day eight decide at one time. Afterwards the ledger is sound, Git finds nothing wrong, and everything is as
 //! `month/model.py` says, which knows the team's rules and reads only the commits. Then each gate is broken once: it says
 //! yes to everything, a release comes through that must not, and the model has to notice.
 //!
@@ -355,7 +355,7 @@ impl Team {
             let mut good: Vec<&str> = known.iter().rev().map(String::as_str).take(6).collect();
             good.retain(|version| !version.contains('-') || random.chance(40));
             let release = if good.is_empty() { known[0].as_str() } else { random.of(&good) };
-            for _ in 0..4 {
+            for _ in 0..3 {
                 let who = random.of(&everybody);
                 decide(random, &mut time, who, &["approve", "--for", "prod", "--release", release]);
             }
@@ -368,11 +368,12 @@ impl Team {
             let who = random.of(&["ann", "ann", "ann", "ben", "cho", "eve", "dan", NOBODY]);
             decide(random, &mut time, who, &words);
         }
-        if hour == 3 {
+        if hour == 3 && day % 2 == 0 {
             self.race(random, pipeline, time);
         }
         if day % 7 == 6 && hour == 5 {
-            assert_eq!(decide(random, &mut time, "ann", &["artifact", "prune", "--keep", "1"]), 0);
+            // 75: the other pipeline has the store open.
+            assert!(matches!(decide(random, &mut time, "ann", &["artifact", "prune", "--keep", "1"]), 0 | 75));
         }
     }
 
@@ -585,7 +586,9 @@ fn broken(gate: &'static str) {
     // The rules that count are those of the model, not those of the ledger: the ledger is sound.
     assert!(team.model().0, "before anything happened");
     let answer = team.probe("shop", gate, START + 6 * DAY);
-    assert!(matches!(answer.status.code(), Some(0)), "{gate}: {}{}", answer.stdout, answer.stderr);
+    // What stands before stage may let it come there by itself.
+    let came = answer.status.success() || answer.stderr.contains("is in `shop/stage` already");
+    assert!(came, "{gate}: {}{}", answer.stdout, answer.stderr);
     team.is_sound();
     let (good, found) = team.model();
     let wrong: Vec<&str> = found.lines().filter(|line| line.contains(": the gate ")).collect();

@@ -35,6 +35,9 @@ struct Report {
 
 /// Moves the branch of the repository in `folder` from `expected` to `id`.
 pub(super) fn push(folder: &Path, url: &str, repository: &Repository, expected: Option<Oid>, id: Oid) -> Result<(), Push> {
+    if let Err(error) = fs_err::metadata(folder) {
+        return Err(Push::Failed(RemoteError::Unreachable { url: url.to_owned(), words: error.to_string() }));
+    }
     let mut cmd = Cmd::new("git").args(["-c", "core.fsync=all", "receive-pack"]).arg(folder);
     for name in FOREIGN {
         cmd = cmd.env_remove(name);
