@@ -215,13 +215,12 @@ pub fn differences(around: &ui::Surroundings, from: &Pair, to: &Pair) -> Result<
     if from.release != to.release {
         lines.push(format!("release {} → {}", from.release.short(), to.release.short()));
         let read = |pair: &Pair| release::read(&around.store, &pair.release).ok();
-        if let (Some(one), Some(other)) = (read(from), read(to)) {
-            if one.revision != other.revision {
-                let shown = |revision: &Option<String>| {
-                    revision.as_ref().map_or("unknown".to_owned(), |it| it.chars().take(12).collect())
-                };
-                lines.push(format!("commit {} → {}", shown(&one.revision), shown(&other.revision)));
-            }
+        if let (Some(one), Some(other)) = (read(from), read(to))
+            && one.revision != other.revision
+        {
+            let shown =
+                |revision: &Option<String>| revision.as_ref().map_or("unknown".to_owned(), |it| it.chars().take(12).collect());
+            lines.push(format!("commit {} → {}", shown(&one.revision), shown(&other.revision)));
         }
         if let (Ok(Some(one)), Ok(Some(other))) =
             (sbom::of_release(&around.store, &from.release), sbom::of_release(&around.store, &to.release))

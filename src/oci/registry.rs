@@ -185,7 +185,7 @@ impl Registry {
     /// The digest `reference` stands for. The document is fetched and digested, not just asked for,
     /// so that a digest that gets pinned is one that was seen.
     pub fn resolve(&self, reference: &Reference) -> Result<Pinned> {
-        let (_, pinned) = self.from_any(reference, |session| {
+        let (_, pinned) = self.any_mirror(reference, |session| {
             let (bytes, digest) = session.document(reference)?;
             let document = Document::parse(&bytes).map_err(|why| session.odd(reference, &why))?;
             Ok(Pinned { digest, media_type: document.media_type })
@@ -199,7 +199,7 @@ impl Registry {
     /// Undone by nothing: what the sink took stays in it, and the next pull goes on from there.
     pub fn pull(&self, reference: &Reference, digest: Option<Digest>, sink: &dyn BlobSink) -> Result<PulledImage> {
         let wanted = digest.map_or_else(|| reference.clone(), |digest| reference.at(digest));
-        let (_, pulled) = self.from_any(&wanted, |session| pull_image(session, &wanted, sink))?;
+        let (_, pulled) = self.any_mirror(&wanted, |session| pull_image(session, &wanted, sink))?;
         Ok(pulled)
     }
 
@@ -209,7 +209,7 @@ impl Registry {
     /// Undone by nothing: what the sink took stays in it, and the next pull goes on from there.
     pub fn fetch(&self, reference: &Reference, reach: Reach, sink: &dyn BlobSink, progress: &dyn Progress) -> Result<Fetched> {
         let known = |digest: &Digest| sink.document(digest);
-        let (_, fetched) = self.from_any(reference, |session| {
+        let (_, fetched) = self.any_mirror(reference, |session| {
             let complete = Complete::read(session, reference, reach, &known, progress)?;
             let meter = Meter::new(progress, reference, "pulled", &complete.tree);
             complete.bring(session, sink, &|bytes| meter.add(bytes))
@@ -250,7 +250,7 @@ impl Registry {
     /// are mounted; between two they are streamed, digested on their way, and nothing is kept here.
     pub fn copy(&self, from: &Reference, to: &Reference, progress: &dyn Progress) -> Result<Pushed> {
         let (session, complete) =
-            self.from_any(from, |session| Complete::read(session, from, Reach::All, &|_| None, progress))?;
+            self.any_mirror(from, |session| Complete::read(session, from, Reach::All, &|_| None, progress))?;
         let mount_from = (from.registry() == to.registry() && session.peer.registry == to.registry())
             .then(|| from.repository().to_owned())
             .filter(|repository| repository != to.repository());
@@ -338,7 +338,7 @@ impl Registry {
 
     /// Does `work` with the first mirror that can, else with the registry itself. A full disk is
     /// nobody's fault but ours, and ends it.
-    fn from_any<T>(&self, reference: &Reference, work: impl Fn(&Session) -> Result<T>) -> Result<(Session, T)> {
+    fn any_mirror<T>(&self, reference: &Reference, work: impl Fn(&Session) -> Result<T>) -> Result<(Session, T)> {
         let what = reference.to_string();
         let mut missed = Vec::new();
         for mirror in self.mirrors.get(reference.registry()).into_iter().flatten() {

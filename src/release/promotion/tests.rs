@@ -353,7 +353,7 @@ fn freezes_stop_everything_that_changes_what_runs() {
         world.plan(&request).map(|plan| (plan.allowed, answers(&plan)))
     };
     assert_eq!(over(&world, "", false).unwrap_err().why, Why::NoReason);
-    assert_eq!(over(&world, "the fix", true).unwrap().0, false);
+    assert!(!over(&world, "the fix", true).unwrap().0);
     let (allowed, said) = over(&world, "the fix", false).unwrap();
     assert_eq!((allowed, said), (true, vec!["freeze overridden by ada until 2026-11-20T11:00:00Z: incident".to_owned()]));
     world.actor = ("ada", true);
