@@ -308,6 +308,10 @@ impl Frozen {
             }
             other => return Err(Refused::new(Why::Stale, format!("`{other}` is not about all pipelines"))),
         }
+        // Twice within a second.
+        if environments == self.environments {
+            return Err(Refused::new(Why::Nothing, format!("`{environment}` is frozen like that already")));
+        }
         Ok(Self { format: FORMAT, environments })
     }
 }
