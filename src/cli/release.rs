@@ -37,8 +37,8 @@ pub struct ReleaseArgs {
     /// The release's readable version. Default: `git describe --tags --always --dirty`
     #[arg(long, value_name = "VERSION", requires = "release")]
     pub release_version: Option<String>,
-    /// Private key that signs the release, as `pipeline keys generate` or cosign wrote it
-    #[arg(long, value_name = "FILE", requires = "release", env = KEY)]
+    /// Private key that signs the release, as `pipeline keys generate` or cosign wrote it [env: PIPELINE_KEY]
+    #[arg(long, value_name = "FILE", requires = "release")]
     pub key: Option<PathBuf>,
     /// Write the release's digest to this file
     #[arg(long, value_name = "FILE", requires = "release")]
@@ -62,7 +62,9 @@ pub fn make(global: &Global, around: &ui::Surroundings, pipeline: &Pipeline, bui
         Some(version) => version.clone(),
         None => describe(pipeline)?,
     };
-    let key = args.key.as_ref().map(|file| private_key(around, file)).transpose()?;
+    // Not by clap: a job that has the variable also builds without a release.
+    let key = args.key.clone().or_else(|| around.host.variables.get(KEY).map(PathBuf::from));
+    let key = key.map(|file| private_key(around, &file)).transpose()?;
     let file = Digest::of(fs_err::read(&pipeline.file)?);
     let version_text = env!("PIPELINE_VERSION");
     let id = around.host.variables.get(BUILDER).cloned().unwrap_or_else(|| provenance::builder_id(version_text));
