@@ -208,7 +208,9 @@ fn commands_on_all_pages_exist() {
                         rest.iter().for_each(|target| assert!(targets.contains(target), "{}: `{line}`", block.place))
                     }
                     Some((&"pipeline", rest)) => {
-                        let depth = if rest.first() == Some(&"artifact") { 2 } else { 1 };
+                        let has_verbs =
+                            |word: &&str| ["artifact", "config", "environment", "keys", "ledger", "secret"].contains(word);
+                        let depth = if rest.first().is_some_and(has_verbs) { 2 } else { 1 };
                         let verb: Vec<String> =
                             rest.iter().take_while(|word| !word.starts_with('-')).take(depth).map(ToString::to_string).collect();
                         let help = helps

@@ -23,7 +23,9 @@ use serde::{Deserialize, Serialize};
 use serde_json::json;
 
 use super::image::CONFIG_TYPE;
+use super::release::RELEASE_TYPE;
 use super::store::{Descriptor, INDEX_TYPE, REF_NAME, Store};
+use super::{referrer, sign};
 use crate::error::Problem;
 use crate::fault;
 use crate::oci::digest::{Digest, Hasher};
@@ -31,16 +33,6 @@ use crate::oci::registry::{
     self, Attached, Begun, BlobSink, BlobSource, Content, Fetched, PushOptions, Pushed, Reference, Registry,
 };
 use crate::progress::Progress;
-
-/// `artifactType` of a release's index.
-const RELEASE_TYPE: &str = "application/vnd.pipeline.release.v1";
-/// Names in the store by what is attached; the rest is `other`.
-const KINDS: [(&str, &str); 4] = [
-    ("application/vnd.dev.sigstore.bundle.v0.3+json", "bundle"),
-    ("application/spdx+json", "sbom.spdx"),
-    ("application/vnd.cyclonedx+json", "sbom.cdx"),
-    ("application/vnd.in-toto+json", "provenance"),
-];
 
 /// A manifest or index, as far as this file reads it.
 #[derive(Debug, Deserialize)]
@@ -86,6 +78,21 @@ pub fn reach(store: &Store, root: &Digest) -> Result<Reached> {
     Ok(reached)
 }
 
+/// The same, without the documents that are not there or broken, and what only they lead to.
+pub fn reach_what_is_there(store: &Store, root: &Digest) -> Reached {
+    let mut reached = Reached::default();
+    let mut next = vec![*root];
+    while let Some(digest) = next.pop() {
+        if reached.documents.insert(digest)
+            && let Ok(document) = document(store, &digest)
+        {
+            next.extend(document.manifests.iter().map(|entry| entry.digest));
+            reached.blobs.extend(document.config.iter().chain(&document.layers).map(|blob| (blob.digest, blob.size)));
+        }
+    }
+    reached
+}
+
 /// What the store's tags attach to any of `documents`: the digest, and a registry's tag for it when
 /// it names no subject itself.
 fn attached(store: &Store, documents: &BTreeSet<Digest>) -> Result<Vec<(Digest, Option<String>)>> {
@@ -116,7 +123,7 @@ fn attached(store: &Store, documents: &BTreeSet<Digest>) -> Result<Vec<(Digest, 
 }
 
 /// The subject of a tag `sha256-HEX.KIND`.
-fn subject_of(tag: &str) -> Option<Digest> {
+pub fn subject_of(tag: &str) -> Option<Digest> {
     let (hex, _) = tag.strip_prefix("sha256-")?.split_once('.')?;
     hex.parse().ok()
 }
@@ -181,9 +188,13 @@ fn names(store: &Store, root: &Digest, name: &str) -> Result<Vec<(String, Descri
     }
     let mut names = Vec::new();
     let is_release = found.artifact_type.as_deref() == Some(RELEASE_TYPE);
+    let machine = || found.manifests.iter().find(|entry| !entry_name(entry).1.is_empty());
+    let own = found.manifests.iter().find(|entry| is_ours(entry)).or_else(machine).map(|entry| entry_name(entry).0);
     for entry in &found.manifests {
         if is_release {
-            names.push((release_name(name, entry), described(store, &entry.digest)?));
+            if let Some(name) = release_name(name, own, entry) {
+                names.push((name, described(store, &entry.digest)?));
+            }
         } else if names.is_empty() && is_ours(entry) {
             names.push((name.into(), described(store, &entry.digest)?));
         }
@@ -193,13 +204,20 @@ fn names(store: &Store, root: &Digest, name: &str) -> Result<Vec<(String, Descri
     Ok(names)
 }
 
-/// The tag of a release's entry: `NAME.host` in the release is `NAME:TAG.host` here (DESIGN, section 7, contract 1).
-fn release_name(name: &str, entry: &Descriptor) -> String {
+/// The tag of a release's entry: `NAME.host` in the release is `NAME:TAG.host` here (DESIGN, section 7, contract 1). Only what
+/// bears the release's own name gets one, that is the name of the image for linux/amd64, else of the host or disk; other
+/// applications' images would take each other's, and are found and kept through the release.
+fn release_name(name: &str, own: Option<&str>, entry: &Descriptor) -> Option<String> {
+    let (written, suffix) = entry_name(entry);
+    (own == Some(written)).then(|| format!("{name}{suffix}"))
+}
+
+/// The name of a release's entry, and what follows it by its kind.
+fn entry_name(entry: &Descriptor) -> (&str, &'static str) {
     let written = entry.annotations.get(REF_NAME).map_or("", String::as_str);
-    match ["host", "disk"].iter().find(|kind| written.ends_with(&format!(".{kind}"))) {
-        Some(kind) => format!("{name}.{kind}"),
-        None => name.into(),
-    }
+    let suffixes = [".host", ".disk"].into_iter();
+    let found = suffixes.filter_map(|suffix| Some((written.strip_suffix(suffix)?, suffix))).next();
+    found.unwrap_or((written, ""))
 }
 
 fn is_ours(entry: &Descriptor) -> bool {
@@ -207,7 +225,7 @@ fn is_ours(entry: &Descriptor) -> bool {
 }
 
 /// The descriptor of a manifest or index in the store, as its tag holds it.
-fn described(store: &Store, digest: &Digest) -> Result<Descriptor> {
+pub fn described(store: &Store, digest: &Digest) -> Result<Descriptor> {
     let bytes = store.read(digest)?;
     let found = document(store, digest)?;
     let value: serde_json::Value = serde_json::from_slice(&bytes)?;
@@ -239,8 +257,11 @@ fn tag_attached(store: &Store, attached: &Attached, progress: &dyn Progress) -> 
     descriptor.artifact_type.clone_from(&attached.artifact_type);
     let is_known = |tag: &str| -> Result<bool> { Ok(store.tagged(tag)?.is_some_and(|there| there.digest == digest)) };
     if let Some(tag) = &attached.tag {
-        // Cosign keeps all signatures in one manifest: ours goes only when theirs holds all of it.
         return match store.tagged(tag)? {
+            // Cosign keeps all signatures in one manifest: theirs are added to those that only we have.
+            Some(ours) if tag.ends_with(".sig") && !holds_all(&document(store, &digest)?, &document(store, &ours.digest)?) => {
+                sign::adopt(store, &attached.subject, &descriptor)
+            }
             Some(ours) if !holds_all(&document(store, &digest)?, &document(store, &ours.digest)?) => {
                 progress.warn(format!("`{tag}` of the store holds what the registry's does not, and stays as it is"));
                 Ok(())
@@ -248,11 +269,13 @@ fn tag_attached(store: &Store, attached: &Attached, progress: &dyn Progress) -> 
             _ => store.tag(tag, &descriptor),
         };
     }
-    let kind = KINDS.iter().find(|(artifact_type, _)| attached.artifact_type.as_deref() == Some(artifact_type));
-    let kind = kind.map_or("other", |(_, kind)| *kind);
+    // By its kind, such as `.sbom.spdx` or `.report.NAME`; what nobody here knows is told apart by number only.
+    if referrer::adopt(store, &attached.subject, &descriptor)?.is_some() {
+        return Ok(());
+    }
     for number in 1.. {
         let number = if number > 1 { format!(".{number}") } else { String::new() };
-        let tag = format!("sha256-{}.{kind}{number}", attached.subject.hex());
+        let tag = format!("sha256-{}.other{number}", attached.subject.hex());
         if is_known(&tag)? {
             break;
         }

@@ -13,7 +13,7 @@
 //! the blobs' folder before a tag leads to them; the cache is not. The index is changed under an
 //! exclusive `flock`; readers need no lock, since it is replaced whole.
 
-use std::collections::BTreeMap;
+use std::collections::{BTreeMap, BTreeSet};
 use std::io::{Read, Write as _};
 use std::os::unix::fs::{MetadataExt as _, PermissionsExt as _};
 use std::path::{Path, PathBuf};
@@ -415,6 +415,19 @@ impl Store {
         index.manifests.retain(|descriptor| descriptor.annotations.get(REF_NAME).is_none_or(|name| name != tag));
         let removed = index.manifests.len() != before;
         if removed {
+            self.write_index(&index)?;
+        }
+        Ok(removed)
+    }
+
+    /// Removes many tags in one write; how many there were.
+    pub fn untag_all(&self, tags: &BTreeSet<String>) -> Result<usize> {
+        let _lock = self.lock_index()?;
+        let mut index = self.index()?;
+        let before = index.manifests.len();
+        index.manifests.retain(|descriptor| descriptor.annotations.get(REF_NAME).is_none_or(|name| !tags.contains(name)));
+        let removed = before - index.manifests.len();
+        if removed > 0 {
             self.write_index(&index)?;
         }
         Ok(removed)

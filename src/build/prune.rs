@@ -1,9 +1,11 @@
 //! What of the store nothing needs any more.
 //!
-//! Kept: everything reachable from tags, the images of each pipeline's last builds, the step
-//! records that lead to a kept layer or were part of a remembered build, and with them trees,
-//! packages and listings. [`plan`] is pure of side effects; [`apply`] removes what it names,
-//! except what somebody holds at that moment.
+//! Kept: everything reachable from tags and from the releases that the ledger needs, what is attached to it, the images of
+//! each pipeline's last builds, the step records that lead to a kept layer or were part of a remembered build, and with them
+//! trees, packages and listings. The tag `NAME:VERSION.release` of a pipeline in the ledger keeps its release only while an
+//! environment needs it, it is the newest, or it holds what one of the last builds made; then the tag goes too, and so does
+//! `sha256-HEX.KIND` with its subject. [`plan`] is pure of side effects; [`prune`] removes what it names, tags first, except
+//! what somebody holds at that moment.
 
 use std::collections::{BTreeMap, BTreeSet};
 use std::os::unix::fs::MetadataExt as _;
@@ -14,9 +16,10 @@ use serde::Serialize;
 
 use super::record;
 use super::{Build, lock};
-use crate::artifact::store::{Hold, Lock, Store};
-use crate::artifact::{image, remote};
+use crate::artifact::store::{Hold, Lock, REF_NAME, Store};
+use crate::artifact::{image, release, remote};
 use crate::error::Problem;
+use crate::fault;
 use crate::oci::digest::Digest;
 
 /// One thing that can go.
@@ -29,29 +32,102 @@ pub struct Unneeded {
     pub bytes: u64,
 }
 
+/// What the ledger needs.
+#[derive(Debug, Clone, Default, PartialEq, Eq)]
+pub struct Needed {
+    /// Pipelines whose releases it decides about.
+    pub pipelines: BTreeSet<String>,
+    /// Releases that an environment has, may go back to, or somebody approved.
+    pub releases: BTreeSet<Digest>,
+}
+
+/// What can go.
+#[derive(Debug, Clone, Default, PartialEq, Eq)]
+pub struct Plan {
+    /// Tags of releases, and of what is attached.
+    pub tags: BTreeSet<String>,
+    pub unneeded: Vec<Unneeded>,
+}
+
 /// The answer of `artifact prune`.
 #[derive(Debug, Clone, PartialEq, Eq, Serialize)]
 pub struct Pruned {
     pub schema: u32,
     pub dry_run: bool,
+    /// Tags that go, in order of name.
+    pub tags: BTreeSet<String>,
     pub unneeded: Vec<Unneeded>,
     pub bytes: u64,
     /// Trees that a build or a program holds right now.
     pub in_use: Vec<PathBuf>,
 }
 
-/// What can go when the last `keep` builds of each pipeline stay.
-pub fn plan(store: &Store, keep: usize, locks: &[lock::Lock]) -> Result<Vec<Unneeded>> {
+/// The tags of a store and what they keep.
+struct Tags {
+    /// Those that go.
+    gone: BTreeSet<String>,
+    /// Everything that what stays leads to.
+    documents: BTreeSet<Digest>,
+}
+
+impl Tags {
+    /// `built`: what the last builds made.
+    fn of(store: &Store, built: &BTreeSet<Digest>, needed: &Needed) -> Result<Self> {
+        let index = store.index()?;
+        let tags: Vec<(&str, Digest)> = index
+            .manifests
+            .iter()
+            .map(|descriptor| (descriptor.annotations.get(REF_NAME).map_or("", String::as_str), descriptor.digest))
+            .collect();
+        let newest = |name: &str| {
+            let tag = release::tag(name, "latest");
+            tags.iter().find(|(other, _)| *other == tag).map(|(_, digest)| *digest)
+        };
+        let stays = |tag: &str, digest: &Digest| {
+            let Some((name, _)) = tag.strip_suffix(".release").and_then(|tag| tag.split_once(':')) else { return true };
+            let holds_built = || remote::reach_what_is_there(store, digest).documents.iter().any(|it| built.contains(it));
+            !needed.pipelines.contains(name) || needed.releases.contains(digest) || newest(name) == Some(*digest) || holds_built()
+        };
+        let mut gone = BTreeSet::new();
+        let mut documents = BTreeSet::new();
+        let mut keep = |digest: &Digest| documents.extend(remote::reach_what_is_there(store, digest).documents);
+        built.iter().chain(&needed.releases).for_each(&mut keep);
+        let mut attached = Vec::new();
+        for (tag, digest) in &tags {
+            match remote::subject_of(tag) {
+                Some(subject) => attached.push((*tag, *digest, subject)),
+                None if stays(tag, digest) => keep(digest),
+                None => drop(gone.insert((*tag).to_owned())),
+            }
+        }
+        // Something may be attached to what is attached.
+        loop {
+            let (kept, left): (Vec<_>, Vec<_>) = attached.into_iter().partition(|(_, _, subject)| documents.contains(subject));
+            for (_, digest, _) in &kept {
+                documents.extend(remote::reach_what_is_there(store, digest).documents);
+            }
+            attached = left;
+            if kept.is_empty() {
+                break;
+            }
+        }
+        gone.extend(attached.into_iter().map(|(tag, ..)| tag.to_owned()));
+        Ok(Self { gone, documents })
+    }
+}
+
+/// What can go when the last `keep` builds of each pipeline and what is `needed` stay.
+pub fn plan(store: &Store, keep: usize, locks: &[lock::Lock], needed: &Needed) -> Result<Plan> {
     let mut blobs: BTreeSet<Digest> = BTreeSet::new();
     let mut diff_ids: BTreeSet<Digest> = BTreeSet::new();
-    let mut roots: BTreeSet<Digest> = store.index()?.manifests.iter().map(|descriptor| descriptor.digest).collect();
+    let mut built: BTreeSet<Digest> = BTreeSet::new();
     let mut keys: BTreeSet<Digest> = BTreeSet::new();
     let mut listings: BTreeSet<String> = BTreeSet::new();
     for entry in fs_err::read_dir(store.state("builds"))? {
         let path = entry?.path();
         let Some(name) = path.file_stem().map(|name| name.to_string_lossy().into_owned()) else { continue };
         for build in record::builds(store, &name)?.iter().rev().take(keep.max(1)) {
-            roots.insert(build.digest);
+            built.insert(build.digest);
             keys.extend(build.steps.iter().map(|step| step.key));
             listings.extend(
                 build
@@ -63,11 +139,8 @@ pub fn plan(store: &Store, keep: usize, locks: &[lock::Lock]) -> Result<Vec<Unne
             );
         }
     }
-    // What an index names is as needed as the index.
-    for root in roots.clone() {
-        roots.extend(remote::reach(store, &root).unwrap_or_default().documents);
-    }
-    for root in &roots {
+    let tags = Tags::of(store, &built, needed)?;
+    for root in &tags.documents {
         // A root that was never pulled whole keeps what is there of it.
         blobs.insert(*root);
         if let Ok(manifest) = image::manifest(store, root) {
@@ -117,7 +190,7 @@ pub fn plan(store: &Store, keep: usize, locks: &[lock::Lock]) -> Result<Vec<Unne
     collect(&mut unneeded, "package", &store.cache("debs"), &|name| {
         !is_package(name) || packages.contains(name.split('.').next().unwrap_or(name))
     })?;
-    Ok(unneeded)
+    Ok(Plan { tags: tags.gone, unneeded })
 }
 
 /// `HEX.deb` and what was read out of it; not apt's own folders.
@@ -152,9 +225,26 @@ fn collect(unneeded: &mut Vec<Unneeded>, kind: &'static str, dir: &Path, is_kept
     Ok(())
 }
 
-/// Removes what nothing needs. With `dry_run` it is only told.
-pub fn prune(build: &Build<'_>, keep: usize, locks: &[lock::Lock], dry_run: bool) -> Result<Pruned> {
-    let mut unneeded = plan(build.store, keep, locks)?;
+/// Removes what nothing needs. With `dry_run` it is only told. `needed` is asked once nobody else is at work on the store, so
+/// that a decision which is just being made counts.
+///
+/// # Errors
+/// Another process has the store open; the ledger cannot be read: then nothing is removed.
+pub fn prune(
+    build: &Build<'_>,
+    keep: usize,
+    locks: &[lock::Lock],
+    needed: &dyn Fn() -> Result<Needed>,
+    dry_run: bool,
+) -> Result<Pruned> {
+    // A build that runs may be about to use what looks unneeded.
+    let alone = if dry_run { None } else { build.store.alone()? };
+    if alone.is_none() && !dry_run {
+        return Err(Problem::transient("another pipeline is at work on this store")
+            .hint("try again when it has ended; `--dry-run` works any time")
+            .into());
+    }
+    let Plan { tags, mut unneeded } = plan(build.store, keep, locks, &needed()?)?;
     let trees = unneeded.iter().any(|item| item.kind == "tree" && item.path.is_dir());
     let session = if trees { Some(build.session(false)?) } else { None };
     for item in unneeded.iter_mut().filter(|item| item.kind == "tree" && item.path.is_dir()) {
@@ -162,17 +252,13 @@ pub fn prune(build: &Build<'_>, keep: usize, locks: &[lock::Lock], dry_run: bool
             item.bytes = session.call("size", &item.path)?;
         }
     }
-    let mut pruned =
-        Pruned { schema: 1, dry_run, bytes: unneeded.iter().map(|item| item.bytes).sum(), unneeded, in_use: Vec::new() };
+    let bytes = unneeded.iter().map(|item| item.bytes).sum();
+    let mut pruned = Pruned { schema: 1, dry_run, tags, bytes, unneeded, in_use: Vec::new() };
     if dry_run {
         return Ok(pruned);
     }
-    // A build that runs may be about to use what looks unneeded.
-    let Some(_alone) = build.store.alone()? else {
-        return Err(Problem::transient("another pipeline is at work on this store")
-            .hint("try again when it has ended; `--dry-run` works any time")
-            .into());
-    };
+    // A tag never leads to what is gone.
+    build.store.untag_all(&pruned.tags)?;
     let _index = build.store.lock_index()?;
     for item in pruned.unneeded.clone() {
         let is_lock = item.path.extension().is_some_and(|extension| extension == "lock");
@@ -190,10 +276,12 @@ pub fn prune(build: &Build<'_>, keep: usize, locks: &[lock::Lock], dry_run: bool
             remove(&item.path)?;
         }
     }
+    drop(alone);
     Ok(pruned)
 }
 
 fn remove(path: &Path) -> Result<()> {
+    fault::point("remove what nothing needs");
     match fs_err::remove_file(path) {
         Err(error) if error.kind() != std::io::ErrorKind::NotFound => Err(error.into()),
         _ => Ok(()),

@@ -1,7 +1,7 @@
 //! `pipeline artifact …`: what is in the store.
 
 use std::io::Write as _;
-use std::path::{Path, PathBuf};
+use std::path::PathBuf;
 
 use anyhow::{Context as _, Result};
 use serde::Serialize;
@@ -9,17 +9,21 @@ use serde_json::{Value, json};
 
 use super::{Global, report, signals, ui};
 use crate::artifact::store::{Descriptor, INDEX_TYPE, REF_NAME, Store};
-use crate::artifact::{archive, image, referrer, remote};
-use crate::build::{self, prune, record, verify};
+use crate::artifact::{archive, image, release, remote};
+use crate::build::{record, verify};
 use crate::error::{Problem, nearest};
 use crate::oci::digest::Digest;
 use crate::progress::Progress as _;
 
 #[derive(Debug, clap::Subcommand)]
 pub enum Verb {
-    /// List the images in the store
-    List,
-    /// Show an image: layers, settings, where it came from
+    /// List the artifacts in the store
+    List {
+        /// Also what is attached to them: signatures, SBOMs, provenance, reports
+        #[arg(long)]
+        all: bool,
+    },
+    /// Show an artifact: layers, settings, where it came from; of a release what is in it, what is attached and who signed
     Show {
         /// NAME, NAME:TAG or a digest
         image: String,
@@ -65,28 +69,22 @@ pub enum Verb {
         /// NAME:TAG
         name: String,
     },
-    /// Read every blob of an image and compare its digest
+    /// Read every byte of an artifact and compare its digest; with keys, also who signed it and, of a release, everything in it
     Verify {
         /// NAME, NAME:TAG or a digest
         image: String,
+        /// Public key that has to have signed; of several one is enough
+        #[arg(long = "key", value_name = "FILE", conflicts_with = "rebuild")]
+        keys: Vec<PathBuf>,
         /// Build the pipeline again from nothing and compare, naming the first file that differs
         #[arg(long)]
         rebuild: bool,
     },
+    /// Sign an artifact, where cosign 2 and 3 look; of a release everything in it
+    Sign(super::signed::SignArgs),
     /// Attach a test report to a release; the release stays as it is
-    Report {
-        /// NAME, NAME:VERSION or NAME:DIGEST
-        release: String,
-        /// What the tests wrote, such as JUnit XML
-        file: PathBuf,
-        /// The report's name, as the gate `report` asks for it
-        #[arg(long, value_name = "NAME")]
-        name: String,
-        /// How the tests ended
-        #[arg(long, value_name = "RESULT", value_parser = ["pass", "fail"])]
-        result: String,
-    },
-    /// Remove what no tag and no recent build needs
+    Report(super::signed::ReportArgs),
+    /// Remove what no tag, no recent build and no environment needs
     Prune {
         /// Show what would go
         #[arg(long)]
@@ -100,7 +98,7 @@ pub enum Verb {
 pub fn run(global: &Global, verb: Verb) -> Result<u8> {
     let around = ui::Surroundings::new(global)?;
     match verb {
-        Verb::List => list(global, &around),
+        Verb::List { all } => list(global, &around, all),
         Verb::Show { image } => show(global, &around, &image),
         Verb::Diff { from, to, files } => super::diff::run(global, &around, &from, &to, files),
         Verb::Export { image, output } => export(&around, &image, &output),
@@ -119,26 +117,12 @@ pub fn run(global: &Global, verb: Verb) -> Result<u8> {
             around.store.untag(&name)?;
             Ok(0)
         }
-        Verb::Verify { image, rebuild } => verify(global, &around, &image, rebuild),
-        Verb::Report { release, file, name, result } => attach(global, &around, &release, &file, (&name, &result)),
-        Verb::Prune { dry_run, keep } => prune(global, &around, dry_run, keep),
+        Verb::Verify { image, keys, .. } if !keys.is_empty() => super::signed::verify(global, &around.store, &image, &keys),
+        Verb::Verify { image, rebuild, .. } => verify(global, &around, &image, rebuild),
+        Verb::Sign(args) => super::signed::sign(global, &around, &args),
+        Verb::Report(args) => super::signed::attach(global, &around, &args),
+        Verb::Prune { dry_run, keep } => super::prune::run(global, &around, dry_run, keep),
     }
-}
-
-/// Attaches the report `file` to a release, by the report's name and result.
-fn attach(global: &Global, around: &ui::Surroundings, wanted: &str, file: &Path, (name, result): (&str, &str)) -> Result<u8> {
-    let (pipeline, version) = wanted.split_once(':').map_or((wanted, None), |(pipeline, version)| (pipeline, Some(version)));
-    let release = super::release::find(&around.store, pipeline, version)?;
-    let media_type = match file.extension().and_then(|extension| extension.to_str()) {
-        Some("xml") => "application/xml",
-        Some("json") => "application/json",
-        _ => "text/plain",
-    };
-    let bytes = fs_err::read(file)?;
-    let attached = referrer::attach_report(&around.store, &release.descriptor(), (name, result), media_type, &bytes)?;
-    let value = json!({"schema": 1, "release": release.digest, "report": name, "result": result, "digest": attached.digest});
-    ui::answer(global, &value, || format!("{pipeline} {}: {name} says {result}\n", release.version))?;
-    Ok(0)
 }
 
 /// `name:tag` as OCI layouts allow it (image layout specification, "org.opencontainers.image.ref.name").
@@ -156,13 +140,17 @@ pub fn check_tag(name: &str) -> Result<()> {
     }
 }
 
-/// An image by name, name and tag, or digest (also its start).
+/// An artifact by name, name and tag, or digest (also its start). Where no image bears the name, it is that of a release.
 pub fn find(store: &Store, wanted: &str) -> Result<(String, Descriptor)> {
+    // `NAME@DIGEST` says the name for people only.
+    let wanted = wanted.split_once('@').map_or(wanted, |(_, digest)| digest);
     let index = store.index()?;
     let name = |descriptor: &Descriptor| descriptor.annotations.get(REF_NAME).cloned().unwrap_or_default();
     let with_tag = if wanted.contains(':') { wanted.to_string() } else { format!("{wanted}:latest") };
-    if let Some(found) = index.manifests.iter().find(|descriptor| name(descriptor) == with_tag) {
-        return Ok((with_tag, found.clone()));
+    for tag in [with_tag.clone(), format!("{with_tag}.release")] {
+        if let Some(found) = index.manifests.iter().find(|descriptor| name(descriptor) == tag) {
+            return Ok((tag, found.clone()));
+        }
     }
     let hex = wanted.strip_prefix("sha256:").unwrap_or(wanted);
     if hex.len() >= 12 && hex.bytes().all(|byte| byte.is_ascii_hexdigit()) {
@@ -170,12 +158,9 @@ pub fn find(store: &Store, wanted: &str) -> Result<(String, Descriptor)> {
             return Ok((name(found), found.clone()));
         }
         if let Ok(digest) = wanted.parse::<Digest>()
-            && let Ok(bytes) = store.read(&digest)
+            && store.blob(&digest).exists()
         {
-            return Ok((
-                format!("image:{}", digest.short()),
-                Descriptor::new(crate::artifact::store::MANIFEST_TYPE, digest, bytes.len() as u64),
-            ));
+            return Ok((format!("image:{}", digest.short()), remote::described(store, &digest)?));
         }
     }
     let names: Vec<String> = index.manifests.iter().map(name).collect();
@@ -200,12 +185,12 @@ struct Listed {
     created: Option<String>,
 }
 
-fn list(global: &Global, around: &ui::Surroundings) -> Result<u8> {
+fn list(global: &Global, around: &ui::Surroundings, all: bool) -> Result<u8> {
     let mut rows = Vec::new();
     for descriptor in around.store.index()?.manifests {
         let name = descriptor.annotations.get(REF_NAME).cloned().unwrap_or_default();
         // What is attached to an artifact is told with that.
-        if name.starts_with("sha256-") {
+        if name.starts_with("sha256-") && !all {
             continue;
         }
         let reached = remote::reach(&around.store, &descriptor.digest).with_context(|| format!("artifact `{name}`"))?;
@@ -240,6 +225,9 @@ fn list(global: &Global, around: &ui::Surroundings) -> Result<u8> {
 
 fn show(global: &Global, around: &ui::Surroundings, wanted: &str) -> Result<u8> {
     let (name, descriptor) = find(&around.store, wanted)?;
+    if descriptor.artifact_type.as_deref() == Some(release::RELEASE_TYPE) {
+        return super::signed::show(global, &around.store, &name, &release::read(&around.store, &descriptor.digest)?);
+    }
     if let Some(disk) = crate::artifact::disk::read(&around.store, &descriptor.digest)? {
         return super::disk::show(global, &name, &disk);
     }
@@ -355,34 +343,4 @@ fn verify(global: &Global, around: &ui::Surroundings, wanted: &str, rebuild: boo
         }
     })?;
     Ok(u8::from(!good))
-}
-
-fn prune(global: &Global, around: &ui::Surroundings, dry_run: bool, keep: usize) -> Result<u8> {
-    // Packages stay while a lock file of this folder's pipelines names them.
-    let mut locks = Vec::new();
-    for name in crate::config::names(&around.cwd) {
-        if let Ok(pipeline) = around.pipeline(Some(&name))
-            && let Ok(Some(lock)) = build::lock::load(&pipeline.dir)
-        {
-            locks.push(lock);
-        }
-    }
-    let pruned = prune::prune(&around.build(), keep, &locks, dry_run)?;
-    ui::answer(global, &pruned, || {
-        let mut text = String::new();
-        for item in pruned.unneeded.iter().filter(|item| item.bytes > 0) {
-            text.push_str(&format!(
-                "{} {} {}\n",
-                item.kind,
-                item.path.file_name().unwrap_or_default().to_string_lossy(),
-                report::bytes(item.bytes)
-            ));
-        }
-        for path in &pruned.in_use {
-            text.push_str(&format!("in use, kept: {}\n", path.display()));
-        }
-        let verb = if dry_run { "would free" } else { "freed" };
-        text + &format!("{verb} {} ({} items)\n", report::bytes(pruned.bytes), pruned.unneeded.len() - pruned.in_use.len())
-    })?;
-    Ok(0)
 }

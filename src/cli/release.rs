@@ -25,7 +25,7 @@ use super::desk::Office;
 use crate::release::desk::{Ask, Outcome};
 
 /// Key that signs releases, instead of `--key`.
-const KEY: &str = "PIPELINE_KEY";
+pub const KEY: &str = "PIPELINE_KEY";
 /// Id of the builder in provenance, instead of this program's.
 const BUILDER: &str = "PIPELINE_BUILDER_ID";
 
@@ -37,8 +37,8 @@ pub struct ReleaseArgs {
     /// The release's readable version. Default: `git describe --tags --always --dirty`
     #[arg(long, value_name = "VERSION", requires = "release")]
     pub release_version: Option<String>,
-    /// Private key that signs the release, as `pipeline keys generate` or cosign wrote it
-    #[arg(long, value_name = "FILE", requires = "release", env = KEY)]
+    /// Private key that signs the release, as `pipeline keys generate` or cosign wrote it [env: PIPELINE_KEY]
+    #[arg(long, value_name = "FILE", requires = "release")]
     pub key: Option<PathBuf>,
     /// Write the release's digest to this file
     #[arg(long, value_name = "FILE", requires = "release")]
@@ -62,12 +62,9 @@ pub fn make(global: &Global, around: &ui::Surroundings, pipeline: &Pipeline, bui
         Some(version) => version.clone(),
         None => describe(pipeline)?,
     };
-    let key = args.key.as_ref().map(|file| {
-        let password =
-            || Ok(around.host.variables.get(super::ledger::PASSWORD).map(|it| it.as_bytes().to_vec()).unwrap_or_default());
-        PrivateKey::load(file, password)
-    });
-    let key = key.transpose()?;
+    // Not by clap: a job that has the variable also builds without a release.
+    let key = args.key.clone().or_else(|| around.host.variables.get(KEY).map(PathBuf::from));
+    let key = key.map(|file| private_key(around, &file)).transpose()?;
     let file = Digest::of(fs_err::read(&pipeline.file)?);
     let version_text = env!("PIPELINE_VERSION");
     let id = around.host.variables.get(BUILDER).cloned().unwrap_or_else(|| provenance::builder_id(version_text));
@@ -94,6 +91,12 @@ pub fn make(global: &Global, around: &ui::Surroundings, pipeline: &Pipeline, bui
     }
     let entered = enter(global, &name, &made.release, !pipeline.releases.environments.is_empty())?;
     Ok(Answer { schema: 1, built, release: made, entered })
+}
+
+/// The key that signs releases; its password is in the environment.
+pub fn private_key(around: &ui::Surroundings, file: &std::path::Path) -> Result<PrivateKey> {
+    let password = around.host.variables.get(super::ledger::PASSWORD).map(|it| it.as_bytes().to_vec());
+    PrivateKey::load(file, || Ok(password.unwrap_or_default()))
 }
 
 /// The answer for people.

@@ -244,12 +244,18 @@ impl Mirror<'_> {
         let mut memory = Memory::load(self.store)?;
         let mut told = Vec::new();
         let mut down = BTreeMap::new();
-        let to_do = self.to_do(&memory, pipeline, environment, what)?;
+        let mut to_do = self.to_do(&memory, pipeline, environment, what)?;
+        to_do.sort_by_key(|wanted| memory.known(wanted) == Known::Set);
         let registry = if to_do.is_empty() { None } else { Some((self.registry)()?) };
         for wanted in to_do {
             let Some(registry) = &registry else { break };
+            let was_set = memory.known(&wanted) == Known::Set;
             let became = self.one(registry, &mut memory, &wanted, what == What::Retag, &mut down)?;
-            self.tell(&wanted, &became);
+            if was_set && what == What::Left && matches!(became, Became::Later { .. }) {
+                // It was to be looked at only because another one is left.
+                continue;
+            }
+            self.tell(&wanted, was_set, &became);
             let Wanted { tag, pipeline, environment, release, version, .. } = wanted;
             told.push(Told { tag, pipeline, environment, release, version, became });
         }
@@ -374,7 +380,7 @@ impl Mirror<'_> {
         }
     }
 
-    fn tell(&self, wanted: &Wanted, became: &Became) {
+    fn tell(&self, wanted: &Wanted, was_set: bool, became: &Became) {
         let Wanted { tag, pipeline, environment, version, release, .. } = wanted;
         let short = release.short();
         match became {
@@ -387,6 +393,7 @@ impl Mirror<'_> {
                 "SOMEBODY MOVED the tag `{tag}` to {to}, which `{pipeline}/{environment}` does not have: that is {version} \
                  ({release}). The tag stays where it is; `pipeline environment tags {pipeline}/{environment} --retag` sets it"
             )),
+            Became::Later { why, .. } if was_set => self.progress.warn(format!("the tag `{tag}` could not be looked at: {why}")),
             Became::Later { why, .. } => self.progress.warn(format!(
                 "the tag `{tag}` does not stand for {version} ({short}) yet, and the next command that reaches the registry sets \
                  it: {why}"

@@ -15,6 +15,7 @@ pub mod decision;
 pub mod desk;
 pub mod evidence;
 pub mod gate;
+pub mod junit;
 pub mod ledger;
 pub mod make;
 pub mod message;

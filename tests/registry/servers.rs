@@ -116,9 +116,14 @@ pub struct Server {
 impl Server {
     /// `extra` goes to the end of the configuration, where `http:` is the open section.
     pub fn start(dir: &Path, extra: &str) -> Self {
+        Self::start_on(free_port(), dir, extra)
+    }
+
+    /// The same on a port that was chosen before, or after the one on it ended.
+    pub fn start_on(port: u16, dir: &Path, extra: &str) -> Self {
         tool("docker-registry", "docker-registry");
         tool("skopeo", "skopeo");
-        let (port, data) = (free_port(), dir.join("data"));
+        let data = dir.join("data");
         fs_err::create_dir_all(dir).unwrap();
         let config = dir.join("registry.yml");
         let text = format!(

@@ -189,7 +189,7 @@ fn nothing_lost(session: &Session, to: &Reference, item: &Item, tag: &str) -> Re
     Err(Problem::failed(format!(
         "`{tag}` in registry `{registry}` holds signatures that the one to be pushed does not, and they would be lost"
     ))
-    .hint(format!("take away the store's with `pipeline artifact untag {tag}`, pull the artifact, sign it again, then push"))
+    .hint("pull the artifact: that adds them to those of the store; then push")
     .into())
 }
 
