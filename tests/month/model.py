@@ -22,6 +22,8 @@ from pathlib import Path
 
 HOUR = 3600
 REMEMBERED = 50
+# Releases of an environment that are not pruned.
+KEPT = 10
 
 # -- the team and its rules, as tests/month.rs writes them into pipeline files --------------------------------------------------
 
@@ -91,6 +93,15 @@ class Environment:
 
     def bindings(self):
         return ([self.current] if self.current else []) + self.before
+
+    def needed(self):
+        """The releases that must not be pruned: the current one, the last KEPT others, where a rollback goes, what is approved."""
+        needed = [binding.release for binding in self.before]
+        needed = sorted(set(needed), key=needed.index)[:KEPT]
+        needed += [self.current.release] if self.current else []
+        good = (b for b in self.before if b.healthy and b.release not in self.bad and b.pair != self.current.pair)
+        needed += [b.release for b in good][:1]
+        return {*needed, *(release for _, release, _ in self.approvals)}
 
     def had(self, release):
         return bool(self.current and self.current.release == release) or any(b.healthy and b.release == release for b in self.before)
@@ -392,7 +403,7 @@ def compare(model, ledger):
             for key in expected:
                 if found[key] != expected[key]:
                     model.wrong.append(f"{pipeline}/{name}: {key} is {found[key]}, and should be {expected[key]}")
-            releases |= {binding.release for binding in here.bindings()}
+            releases |= here.needed()
     return releases
 
 
