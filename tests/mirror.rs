@@ -19,7 +19,7 @@ use pipeline::artifact::{referrer, sign};
 use pipeline::cmd::Cmd;
 use pipeline::oci::digest::Digest;
 use serde_json::Value;
-use servers::{OCI_INDEX, Server, free_port};
+use servers::{Answer as Http, OCI_INDEX, Server, free_port, scripted};
 
 /// A pipeline with environments in the ledger, a registry's repository for it, and releases made of small images.
 struct Shop {
@@ -203,6 +203,19 @@ fn a_registry_that_is_away_changes_no_decision() {
     assert_eq!(shop.status("prod")["tag"]["state"], "set");
 }
 
+/// The decision stands, and what the registry said is told with whether trying again may help.
+#[test]
+fn a_registry_that_refuses_changes_no_decision() {
+    for (status, code) in [(401, 1), (404, 1), (500, 75)] {
+        let server = scripted(move |_, _| Http::status(status));
+        let shop = Shop::new(server.port, TWO);
+        shop.release("1.0");
+        shop.promote("dev", "1.0").ok().prints("done: ").says("does not stand for 1.0");
+        assert_eq!((&shop.status("dev")["version"], &shop.status("dev")["tag"]["state"]), (&"1.0".into(), &"later".into()));
+        shop.verb(&["environment", "tags", "tiny"]).run().code(code).prints("not set yet");
+    }
+}
+
 /// Killed at each of its writes from before the decision to after the tag: the next `status` does the rest.
 #[test]
 fn a_tag_that_a_killed_run_left_is_set_by_the_next() {
@@ -315,6 +328,7 @@ fn releases_are_signed_verified_and_shown() {
     let release = shop.release("1.0");
     shop.verb(&["keys", "generate", "other"]).ok();
     let verify = |key: &str| shop.verb(&["artifact", "verify", "--key", key, "tiny:1.0"]);
+    shop.verb(&["verify", &format!("tiny@{release}"), "--key", "ours.pub"]).ok();
     verify("ours.pub").ok().prints("good: every byte is as its digest says, and signed");
     verify("other.pub")
         .run()
