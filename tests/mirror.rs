@@ -7,6 +7,8 @@ mod common;
 mod servers;
 
 use std::collections::{BTreeMap, BTreeSet};
+use std::io::{Read as _, Write as _};
+use std::net::TcpStream;
 
 use common::{Answer, Project, Run, me};
 use pipeline::artifact::image::{self, Layer, Recipe, RunConfig};
@@ -17,7 +19,7 @@ use pipeline::artifact::{referrer, sign};
 use pipeline::cmd::Cmd;
 use pipeline::oci::digest::Digest;
 use serde_json::Value;
-use servers::{Server, free_port};
+use servers::{Answer as Http, OCI_INDEX, Server, free_port, scripted};
 
 /// A pipeline with environments in the ledger, a registry's repository for it, and releases made of small images.
 struct Shop {
@@ -91,12 +93,20 @@ impl Shop {
         command.output().ok().filter(|output| output.status.success()).map(|output| Digest::of(&output.stdout))
     }
 
-    /// Puts another artifact where a tag stands, as somebody with the registry at hand would.
-    fn move_by_hand(&self, from: &str, to: &str) {
-        let at = |tag: &str| format!("docker://127.0.0.1:{}/team/tiny:{tag}", self.port);
-        let words =
-            ["--insecure-policy", "copy", "--all", "--preserve-digests", "--src-tls-verify=false", "--dest-tls-verify=false"];
-        Cmd::new("skopeo").args(words).arg(at(from)).arg(at(to)).run().unwrap();
+    /// Points a tag at a release that the registry has, as somebody would who does it by hand: with one plain request.
+    fn move_by_hand(&self, tag: &str, release: &Digest) {
+        let bytes = self.store().read(release).unwrap();
+        let head = format!(
+            "PUT /v2/team/tiny/manifests/{tag} HTTP/1.0\r\nHost: 127.0.0.1:{}\r\nContent-Type: {OCI_INDEX}\r\nContent-Length: {}\r\n\r\n",
+            self.port,
+            bytes.len()
+        );
+        let mut stream = TcpStream::connect(("127.0.0.1", self.port)).unwrap();
+        stream.write_all(&[head.as_bytes(), &bytes].concat()).unwrap();
+        let mut answer = String::new();
+        stream.read_to_string(&mut answer).unwrap();
+        assert!(answer.contains(" 201 "), "{answer}");
+        assert_eq!(self.tag(tag), Some(*release));
     }
 }
 
@@ -122,7 +132,7 @@ fn tags_follow_decisions_and_move_only_what_is_missing() {
     assert_eq!((shop.tag("dev"), shop.tag("prod")), (Some(one), None));
     // What is there already stays where it is.
     let answer = shop.promote("prod", "1.0").arg("--json").ok();
-    assert_eq!(sent(&answer), [("dev".into(), "stands".into(), 0), ("prod".into(), "set".into(), 0)]);
+    assert_eq!(sent(&answer), [("prod".into(), "set".into(), 0), ("dev".into(), "stands".into(), 0)]);
     assert_eq!(shop.tag("prod"), Some(one));
     let two = shop.release("1.1");
     let answer = shop.promote("dev", "1.1").arg("--json").ok();
@@ -146,12 +156,10 @@ fn a_tag_moved_by_hand_is_told_and_stays() {
     for to in ["dev", "prod"] {
         shop.promote(to, "1.0").ok();
     }
-    shop.release("1.1");
-    let three = shop.release("1.2");
+    let (strange, three) = (shop.release("1.1"), shop.release("1.2"));
     shop.promote("dev", "1.1").ok();
-    shop.move_by_hand("dev", "prod");
-    // 1.1 was never in prod.
-    let strange = shop.tag("dev").unwrap();
+    // It was never in prod.
+    shop.move_by_hand("prod", &strange);
     shop.promote("dev", "1.2").ok();
     let answer = shop.promote("prod", "1.2").ok();
     answer.prints("done: ").says("SOMEBODY MOVED the tag").says(&strange.to_string()).says("environment tags tiny/prod --retag");
@@ -164,12 +172,7 @@ fn a_tag_moved_by_hand_is_told_and_stays() {
     assert_eq!(shop.tag("prod"), Some(three));
     shop.verb(&["environment", "tags", "tiny"]).ok();
     // Back to what was there before is by hand too.
-    Cmd::new("skopeo")
-        .args(["--insecure-policy", "copy", "--all", "--preserve-digests", "--src-tls-verify=false", "--dest-tls-verify=false"])
-        .arg(format!("docker://127.0.0.1:{port}/team/tiny@{one}"))
-        .arg(format!("docker://127.0.0.1:{port}/team/tiny:prod"))
-        .run()
-        .unwrap();
+    shop.move_by_hand("prod", &one);
     shop.verb(&["environment", "tags", "tiny/prod"]).run().code(1).prints("MOVED by somebody to");
 }
 
@@ -198,6 +201,19 @@ fn a_registry_that_is_away_changes_no_decision() {
     shop.verb(&["environment", "tags", "tiny"]).ok();
     assert_eq!(shop.tag("prod"), Some(two));
     assert_eq!(shop.status("prod")["tag"]["state"], "set");
+}
+
+/// The decision stands, and what the registry said is told with whether trying again may help.
+#[test]
+fn a_registry_that_refuses_changes_no_decision() {
+    for (status, code) in [(401, 1), (404, 1), (500, 75)] {
+        let server = scripted(move |_, _| Http::status(status));
+        let shop = Shop::new(server.port, TWO);
+        shop.release("1.0");
+        shop.promote("dev", "1.0").ok().prints("done: ").says("does not stand for 1.0");
+        assert_eq!((&shop.status("dev")["version"], &shop.status("dev")["tag"]["state"]), (&"1.0".into(), &"later".into()));
+        shop.verb(&["environment", "tags", "tiny"]).run().code(code).prints("not set yet");
+    }
 }
 
 /// Killed at each of its writes from before the decision to after the tag: the next `status` does the rest.
@@ -247,7 +263,6 @@ fn prune_leaves_what_a_rollback_needs() {
             release
         })
         .collect();
-    // One that nothing but an approval needs, and one that nothing needs.
     let names = |store: &Store| -> BTreeSet<String> {
         store.index().unwrap().manifests.iter().map(|it| it.annotations[REF_NAME].clone()).collect()
     };
@@ -313,6 +328,7 @@ fn releases_are_signed_verified_and_shown() {
     let release = shop.release("1.0");
     shop.verb(&["keys", "generate", "other"]).ok();
     let verify = |key: &str| shop.verb(&["artifact", "verify", "--key", key, "tiny:1.0"]);
+    shop.verb(&["verify", &format!("tiny@{release}"), "--key", "ours.pub"]).ok();
     verify("ours.pub").ok().prints("good: every byte is as its digest says, and signed");
     verify("other.pub")
         .run()

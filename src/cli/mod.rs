@@ -135,6 +135,14 @@ enum Verb {
     Diff(status::DiffArgs),
     /// List decisions, of everybody about everything
     Log(status::LogArgs),
+    /// Read every byte of an artifact or release; with keys, also who signed it and everything in it
+    Verify {
+        /// NAME, NAME:TAG, NAME@DIGEST or a digest
+        artifact: String,
+        /// Public key that has to have signed; of several one is enough
+        #[arg(long = "key", value_name = "FILE")]
+        keys: Vec<PathBuf>,
+    },
     /// Find and check the ledger
     #[command(subcommand)]
     Ledger(ledger::Verb),
@@ -214,6 +222,9 @@ fn dispatch(cli: Cli) -> Result<u8> {
         Verb::History(args) => status::history(&global, args),
         Verb::Diff(args) => status::diff(&global, args),
         Verb::Log(args) => status::log(&global, args),
+        Verb::Verify { artifact, keys } => {
+            artifact::run(&global, artifact::Verb::Verify { image: artifact, keys, rebuild: false })
+        }
         Verb::Ledger(verb) => ledger::run(&global, verb),
         Verb::Keys(verb) => ledger::keys(&global, verb),
         Verb::Doctor(args) => doctor::run(&global, args),
