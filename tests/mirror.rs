@@ -294,7 +294,7 @@ fn prune_leaves_what_a_rollback_needs() {
         assert_eq!(shop.status("prod")["version"], expected);
         shop.verb(&["artifact", "verify", "--key", "ours.pub", &format!("tiny:{expected}")]).ok();
         let again = shop.json(&["artifact", "prune", "--keep", "1"]);
-        assert!(!again["tags"].as_array().unwrap().iter().any(|tag| tag == &format!("tiny:{expected}.release").as_str()));
+        assert!(!again["tags"].as_array().unwrap().iter().any(|tag| *tag == format!("tiny:{expected}.release").as_str()));
     }
     shop.verb(&["ledger", "verify"]).ok();
 }

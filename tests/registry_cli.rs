@@ -1,5 +1,7 @@
 //! `pipeline artifact push|pull|copy|tag` with the built program and Debian's `docker-registry`.
 
+#![allow(clippy::disallowed_methods, reason = "the program is started as a user starts it")]
+
 #[path = "registry/servers.rs"]
 #[allow(dead_code, reason = "shared with the library's tests")]
 mod servers;
