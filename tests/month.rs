@@ -488,8 +488,7 @@ fn server() -> String {
         for stream in listener.incoming().flatten() {
             std::thread::spawn(move || {
                 let lines = BufReader::new(&stream).lines().map_while(Result::ok).take_while(|line| !line.is_empty());
-                let down =
-                    lines.any(|line| line.starts_with("x-pipeline-version: ") && line.ends_with("-down"));
+                let down = lines.filter(|line| line.starts_with("x-pipeline-version: ") && line.ends_with("-down")).count() > 0;
                 let status = if down { "503 Down" } else { "200 OK" };
                 let _ = (&stream)
                     .write_all(format!("HTTP/1.1 {status}\r\ncontent-length: 0\r\nconnection: close\r\n\r\n").as_bytes());
