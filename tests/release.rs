@@ -884,7 +884,7 @@ fn kill_9_at_every_write_of_a_decision() {
             killed += 1;
         }
         let now = |shop: &Shop| shop.state("stage")["current"]["config"]["values"]["LEVEL"].clone();
-        let stands = now(&shop) == level;
+        let stands = now(&shop).as_str() == Some(level.to_string().as_str());
         // The old state or the new one; the next command completes it.
         assert!(died || stands);
         let again = shop.verb(&set).run();
