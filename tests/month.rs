@@ -333,6 +333,12 @@ impl Team {
                 }
             }
         }
+        if day % 4 == 3 && hour == 1 {
+            let known = self.releases.lock().unwrap()[pipeline].clone();
+            for version in known.iter().rev().take(6) {
+                decide(random, &mut time, "cho", &["clear", "prod", version, "--reason", "it was the disk"]);
+            }
+        }
         if day == 15 && hour == 1 {
             self.write_policy(pipeline, 2);
             assert_ne!(
@@ -557,13 +563,12 @@ fn a_month() {
         ("hold", 5),
         ("lift", 10),
         ("freeze", 10),
-        ("thaw", 5),
-        ("clear", 1),
+        ("thaw", 1),
     ] {
         assert!(count(kind) >= least, "{kind} only {} times\n{found}", count(kind));
     }
     let killed = team.counts.lock().unwrap().get("exit 137").copied().unwrap_or(0);
-    assert!(killed >= 20, "only {killed} were killed");
+    assert!(killed >= 10, "only {killed} were killed");
 }
 
 #[test]
