@@ -135,7 +135,7 @@ enum Verb {
     Diff(status::DiffArgs),
     /// List decisions, of everybody about everything
     Log(status::LogArgs),
-    /// Read every byte of an artifact or release; with keys, also who signed it and everything in it
+    /// Read every byte of an artifact or release; with keys, also who signed it
     Verify {
         /// NAME, NAME:TAG, NAME@DIGEST or a digest
         artifact: String,
