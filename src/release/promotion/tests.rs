@@ -442,21 +442,3 @@ fn a_plan_is_json() {
     assert_eq!(value["to"]["config"]["values"]["MODE"], "live");
     assert_eq!(value["decision"]["time"], "2026-11-20T11:15:00Z");
 }
-
-/// Prints what a plan with six gates takes: `cargo test --release plan_takes -- --ignored --nocapture`.
-#[test]
-#[ignore = "a measurement, not a check"]
-fn what_a_plan_takes() {
-    let yaml = "environments:\n  stage: {}\n  prod:\n    from: stage\n    gates: [ { healthy: true }, { soak: 10m }, { approve: 1 }, { signed: true }, { report: { name: e2e } }, { window: { allow: 'FREQ=WEEKLY;BYDAY=MO,TU,WE,TH,FR;BYHOUR=9', duration: 8h, timezone: Europe/Berlin } } ]\n";
-    let mut world = World::new(yaml);
-    world.promote("stage", "1.0", "09:00");
-    world.approve("bob", "prod", "1.0", "09:01").unwrap();
-    let request = world.request("prod", promote("1.0"), "12:00");
-    let begin = std::time::Instant::now();
-    let plans = 10_000;
-    for _ in 0..plans {
-        std::hint::black_box(world.plan(&request).unwrap());
-    }
-    use std::io::Write as _;
-    writeln!(std::io::stderr(), "one plan: {:?}", begin.elapsed() / plans).unwrap();
-}
