@@ -11,7 +11,9 @@ use serde_json::{Value, json};
 
 use super::store::{Descriptor, MANIFEST_TYPE, Store};
 use crate::error::Problem;
+use crate::oci::compress::Compression;
 use crate::oci::digest::Digest;
+use crate::oci::flatten::Blob;
 
 pub const CONFIG_TYPE: &str = "application/vnd.oci.image.config.v1+json";
 
@@ -167,6 +169,17 @@ pub fn read(store: &Store, digest: &Digest) -> Result<(Manifest, Config)> {
     }
     let config = serde_json::from_slice(&store.read(&manifest.config.digest)?).context("the image's configuration is broken")?;
     Ok((manifest, config))
+}
+
+/// The blobs of an image's layers, for [`crate::oci::flatten::flatten`].
+pub fn blobs(store: &Store, digest: &Digest) -> Result<Vec<Blob>> {
+    let blob = |layer: &Layer| {
+        let media_type = &layer.descriptor.media_type;
+        let compression =
+            Compression::of_media_type(media_type).with_context(|| format!("a layer of the unknown type `{media_type}`"))?;
+        Ok(Blob { path: store.blob(&layer.descriptor.digest), digest: layer.descriptor.digest, compression })
+    };
+    layers(store, digest)?.iter().map(blob).collect()
 }
 
 /// The layers of an image in the store, bottom first.

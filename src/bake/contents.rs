@@ -6,7 +6,7 @@
 use std::cmp::Ordering;
 use std::collections::{BTreeMap, BTreeSet};
 
-use anyhow::{Context as _, Result};
+use anyhow::Result;
 use serde::Serialize;
 
 use super::host;
@@ -15,9 +15,8 @@ use crate::artifact::image;
 use crate::artifact::store::Store;
 use crate::artifact::version::compare as compare_versions;
 use crate::disk::tree::{Kind, Tree};
-use crate::oci::compress::Compression;
 use crate::oci::digest::{Digest, Hasher};
-use crate::oci::flatten::{Blob, flatten};
+use crate::oci::flatten::flatten;
 
 /// What two artifacts are compared by.
 #[derive(Debug, Clone, Default, PartialEq, Eq)]
@@ -32,27 +31,13 @@ pub struct Contents {
     pub bytes: u64,
 }
 
-/// The blobs of an image, for [`flatten`].
-pub fn blobs(store: &Store, digest: &Digest) -> Result<Vec<Blob>> {
-    let layers = image::layers(store, digest)?;
-    layers
-        .iter()
-        .map(|layer| {
-            let media_type = &layer.descriptor.media_type;
-            let compression =
-                Compression::of_media_type(media_type).with_context(|| format!("a layer of the unknown type `{media_type}`"))?;
-            Ok(Blob { path: store.blob(&layer.descriptor.digest), digest: layer.descriptor.digest, compression })
-        })
-        .collect()
-}
-
 /// What is in the artifact with this manifest.
 pub fn contents(store: &Store, digest: &Digest, threads: usize) -> Result<Contents> {
     let image = match disk::read(store, digest)? {
         Some(disk) => disk.config.host,
         None => *digest,
     };
-    let tree = flatten(&blobs(store, &image)?, &store.temp_dir(), threads)?;
+    let tree = flatten(&image::blobs(store, &image)?, &store.temp_dir(), threads)?;
     of_tree(&tree)
 }
 

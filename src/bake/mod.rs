@@ -242,7 +242,7 @@ impl Clock {
 
 /// Merges the layers and reads what they say.
 fn read_tree(bake: &Bake<'_>, wish: &Wish) -> Result<(Tree, Host)> {
-    let blobs = contents::blobs(bake.store, &wish.host)?;
+    let blobs = image::blobs(bake.store, &wish.host)?;
     let mut tree = flatten(&blobs, &bake.store.temp_dir(), bake.threads)?;
     let mut host = host::host(&tree)?;
     if !host.file.disk.wants("bios") {

@@ -316,6 +316,7 @@ fn configure(global: &Global, environment: &str, pipeline: Option<&str>, action:
     let office = Office::open(global, environment.split_once('/').map(|(name, _)| name).or(pipeline))?;
     let place = office.place(environment, pipeline)?;
     let (outcome, people) = office.sit(|desk| {
+        desk.sync(false)?;
         let outcome = desk.decide(&place.pipeline, &place.environment, action, &reasons.ask(false))?;
         Ok((outcome, !desk.load(&place.pipeline)?.policy.people.is_empty()))
     })?;

@@ -8,7 +8,6 @@ use super::desk::{Office, Place};
 use super::{Global, ui};
 use crate::config::syntax;
 use crate::error::Problem;
-use crate::oci::digest::Digest;
 use crate::release::decision::{Decision, Kind, Refused, Why};
 use crate::release::desk::{self, Desk, Loaded};
 use crate::release::promotion;
@@ -149,11 +148,9 @@ pub fn thaw(global: &Global, args: ThawArgs) -> Result<u8> {
 pub fn clear(global: &Global, args: ClearArgs) -> Result<u8> {
     let (office, place) = at(global, &args.environment, args.pipeline.as_deref())?;
     note(global, &office, &place, &|_, state, time| {
-        let hex = args.release.strip_prefix("sha256:").unwrap_or(&args.release);
-        let fits = |(release, bad): &(&Digest, &crate::release::state::Bad)| {
-            bad.version == args.release || hex.len() >= 8 && release.hex().starts_with(hex)
-        };
-        let found = state.bad.iter().find(fits).ok_or_else(|| {
+        let wanted = args.release.as_str();
+        let found = state.bad.iter().find(|(release, bad)| bad.version == wanted || release.is_called(wanted));
+        let found = found.ok_or_else(|| {
             let known: Vec<&str> = state.bad.values().map(|bad| bad.version.as_str()).collect();
             let refused = Refused::new(Why::Nothing, format!("`{}` is not marked bad in `{}`", args.release, state.name()));
             if known.is_empty() { refused } else { refused.hint(format!("marked are `{}`", known.join("`, `"))) }

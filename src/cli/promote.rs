@@ -14,6 +14,7 @@ use crate::release::decision::Verdict;
 use crate::release::desk::{self, Ask, Desk, Loaded, Outcome};
 use crate::release::mirror::What;
 use crate::release::promotion::{self, Action, Back, Candidate, Plan};
+use crate::vm::test::report::escape;
 
 /// Exit status when something has to serve the release before it counts.
 const UNSERVED: u8 = 75;
@@ -110,6 +111,7 @@ pub fn rollback(global: &Global, args: RollbackArgs) -> Result<u8> {
     let office = Office::open(global, args.environment.split_once('/').map(|(name, _)| name).or(args.pipeline.as_deref()))?;
     let place = office.place(&args.environment, args.pipeline.as_deref())?;
     let (outcome, people) = office.sit(|desk| {
+        desk.sync(true)?;
         let loaded = desk.load(&place.pipeline)?;
         let back = match &args.to {
             None => Back::Last,
@@ -176,15 +178,13 @@ fn enter_or_promote(enters: bool, candidate: Candidate) -> Action {
 /// A release that was in the environment, by what somebody wrote.
 fn in_history(desk: &Desk<'_>, loaded: &Loaded, place: &Place, wanted: &str) -> Result<Digest> {
     let state = loaded.view().state(&place.environment).map_err(Problem::from)?;
-    let hex = wanted.strip_prefix("sha256:").unwrap_or(wanted);
-    let fits = |version: &str, release: &Digest| version == wanted || hex.len() >= 8 && release.hex().starts_with(hex);
-    if let Some(found) = state.bindings().find(|known| fits(&known.version, &known.release)) {
+    if let Some(found) = state.bindings().find(|known| known.is_called(wanted)) {
         return Ok(found.release);
     }
     // Longer ago than the state remembers.
     for version in desk.ledger.history_of(&desk::state_path(&place.pipeline, &place.environment))? {
         let old = crate::release::state::State::parse(&version?.bytes)?;
-        if let Some(found) = old.current.filter(|known| fits(&known.version, &known.release)) {
+        if let Some(found) = old.current.filter(|known| known.is_called(wanted)) {
             return Ok(found.release);
         }
     }
@@ -224,21 +224,9 @@ pub fn text(outcome: &Outcome) -> String {
         None => "nothing".into(),
     };
     let _ = writeln!(text, "{name}: {} → {}", pair(&plan.from), pair(&plan.to));
-    if let (Some(from), Some(to)) = (&plan.from, &plan.to)
-        && from.config != to.config
-    {
-        for (key, value) in &to.config.values {
-            match from.config.values.get(key) {
-                Some(old) if old == value => {}
-                Some(old) => drop(writeln!(text, "  {key}: {old} → {value}")),
-                None => drop(writeln!(text, "  {key}: new, {value}")),
-            }
-        }
-        for key in from.config.values.keys().filter(|key| !to.config.values.contains_key(*key)) {
-            let _ = writeln!(text, "  {key}: gone");
-        }
-        if from.config.secrets != to.config.secrets {
-            let _ = writeln!(text, "  secrets differ");
+    if let (Some(from), Some(to)) = (&plan.from, &plan.to) {
+        for line in super::release::configured(&from.config, &to.config) {
+            let _ = writeln!(text, "  {line}");
         }
     }
     let mark = |verdict: Verdict| match verdict {
@@ -284,7 +272,6 @@ fn from_now(next: Timestamp, now: Timestamp) -> String {
 
 /// The gates' answers as JUnit XML.
 fn junit(plan: &Plan) -> String {
-    let escape = |text: &str| text.replace('&', "&amp;").replace('<', "&lt;").replace('>', "&gt;").replace('"', "&quot;");
     let failures = plan.answers.iter().filter(|answer| answer.stops()).count();
     let name = escape(&format!("{}/{}", plan.pipeline, plan.environment));
     let mut text = format!(

@@ -17,6 +17,7 @@ use crate::config::types::Pipeline;
 use crate::error::{Problem, nearest};
 use crate::oci::digest::Digest;
 use crate::progress::Progress as _;
+use crate::release::decision::Configuration;
 use crate::release::make::{self, Made, Wish};
 use crate::release::mirror::What;
 use crate::release::promotion::{Action, Candidate, Pair};
@@ -139,7 +140,10 @@ fn enter(global: &Global, name: &str, made: &Release, has_environments: bool) ->
         let author = Some(office.name().to_owned());
         let candidate = Candidate { release: made.digest, version: made.version.clone(), author };
         let ask = Ask::default();
-        outcomes.push(office.sit(|desk| desk.decide(name, environment, &Action::Enter(candidate.clone()), &ask))?);
+        outcomes.push(office.sit(|desk| {
+            desk.sync(false)?;
+            desk.decide(name, environment, &Action::Enter(candidate), &ask)
+        })?);
     }
     office.tags(name, What::Left);
     Ok(outcomes)
@@ -194,10 +198,7 @@ pub fn find(store: &Store, name: &str, wanted: Option<&str>) -> Result<Release> 
         })
         .collect();
     if let Some(wanted) = wanted {
-        let hex = wanted.strip_prefix("sha256:").unwrap_or(wanted);
-        if hex.len() >= 8
-            && let Some((_, digest)) = all.iter().find(|(_, digest)| digest.hex().starts_with(hex))
-        {
+        if let Some((_, digest)) = all.iter().find(|(_, digest)| digest.is_called(wanted)) {
             return release::read(store, digest);
         }
         let problem = Problem::usage(format!("the store has no release `{wanted}` of `{name}`"));
@@ -241,16 +242,23 @@ pub fn differences(around: &ui::Surroundings, from: &Pair, to: &Pair) -> Result<
             lines.extend(old.keys().filter(|key| !new.contains_key(*key)).map(|key| format!("{} {} is gone", key.0, key.1)));
         }
     }
-    for (key, value) in &to.config.values {
-        match from.config.values.get(key) {
+    lines.extend(configured(&from.config, &to.config));
+    Ok(lines)
+}
+
+/// What is different between two configurations, a line each.
+pub fn configured(from: &Configuration, to: &Configuration) -> Vec<String> {
+    let mut lines = Vec::new();
+    for (key, value) in &to.values {
+        match from.values.get(key) {
             Some(before) if before == value => {}
             Some(before) => lines.push(format!("{key}: {before} → {value}")),
             None => lines.push(format!("{key}: new, {value}")),
         }
     }
-    lines.extend(from.config.values.keys().filter(|key| !to.config.values.contains_key(*key)).map(|key| format!("{key}: gone")));
-    if from.config.secrets != to.config.secrets {
+    lines.extend(from.values.keys().filter(|key| !to.values.contains_key(*key)).map(|key| format!("{key}: gone")));
+    if from.secrets != to.secrets {
         lines.push("the secrets differ".into());
     }
-    Ok(lines)
+    lines
 }

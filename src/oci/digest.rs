@@ -46,6 +46,12 @@ impl Digest {
         hex::encode(self.0)
     }
 
+    /// Whether `text` is this digest or the start of it: eight digits or more, with or without `sha256:`.
+    pub fn is_called(&self, text: &str) -> bool {
+        let digits = text.strip_prefix("sha256:").unwrap_or(text);
+        digits.len() >= 8 && self.hex().starts_with(digits)
+    }
+
     /// The first 12 digits, for people.
     pub fn short(&self) -> String {
         hex::encode(&self.0[..6])

@@ -13,14 +13,13 @@ use serde::Serialize;
 use super::decision::{Decision, Frozen, Kind, Refused, Status};
 use super::gate::Evidence;
 use super::ledger::place::{FROZEN_FILE, Place};
-use super::ledger::{Appended, Author, Change, Ledger, Oid, Remote, RemoteError, Snapshot, Synced};
+use super::ledger::{Appended, Author, Change, Commit, Ledger, Oid, Remote, RemoteError, Snapshot, Synced};
 use super::message;
 use super::policy::{self, Difference, Policy};
 use super::promotion::{self, Action, Candidate, Plan, Request};
 use super::sshsig::{self, Signer};
 use super::state::{Binding, Inputs, State, View};
 use crate::error::Problem;
-use crate::oci::digest::Digest;
 use crate::progress::Progress;
 
 /// How often a decision is made again when somebody else was faster. Each time at least one decision of the others got
@@ -177,12 +176,11 @@ impl Desk<'_> {
         })
     }
 
-    /// Promotes, configures or rolls back one environment, and lets follow what is automatic.
+    /// Promotes, configures or rolls back one environment, and lets follow what is automatic. [`Desk::sync`] went before.
     ///
     /// # Errors
     /// What no gate can change (see [`promotion::plan`]); a gate that says no is in the outcome.
     pub fn decide(&self, pipeline: &str, environment: &str, action: &Action, ask: &Ask<'_>) -> Result<Outcome> {
-        self.sync(matches!(action, Action::Rollback(_)))?;
         let outcome = self.one(pipeline, environment, action, ask, false)?;
         let Some(mut outcome) = outcome else { bail!("a decision that nobody made") };
         if outcome.commit.is_some() {
@@ -337,9 +335,13 @@ impl Desk<'_> {
     /// Drafts a decision and commits it, again as long as somebody else is faster. `None`: there was nothing to commit. The
     /// answer is the commit, and whether the remote, if there is one, has it.
     fn again(&self, mut draft: impl FnMut() -> Result<Option<(Option<Oid>, Draft)>>) -> Result<Option<(Oid, bool)>> {
-        let mut winner = None;
+        let mut winner: Option<Commit> = None;
         for _ in 0..ROUNDS {
-            let Some((tip, draft)) = draft().with_context_of(&winner)? else { return Ok(None) };
+            let drafted = draft().map_err(|error| match &winner {
+                Some(winner) => after(winner, error),
+                None => error,
+            });
+            let Some((tip, draft)) = drafted? else { return Ok(None) };
             match self.append(tip, draft)? {
                 (Appended::Done(id), published) => {
                     // The history stays readable when it cannot be packed; the next decision tries again.
@@ -380,17 +382,10 @@ fn overtaken(state: &State) -> Problem {
 }
 
 /// Says who was faster when a decision that was made again is refused because of it.
-trait After<T> {
-    fn with_context_of(self, winner: &Option<super::ledger::Commit>) -> Result<T>;
-}
-
-impl<T> After<T> for Result<T> {
-    fn with_context_of(self, winner: &Option<super::ledger::Commit>) -> Result<T> {
-        let Some(winner) = winner else { return self };
-        self.map_err(|error| match error.downcast::<Problem>() {
-            Ok(problem) => problem.hint(format!("somebody else was faster: {} ({})", winner.author.name, winner.subject)).into(),
-            Err(error) => error,
-        })
+fn after(winner: &Commit, error: anyhow::Error) -> anyhow::Error {
+    match error.downcast::<Problem>() {
+        Ok(problem) => problem.hint(format!("somebody else was faster: {} ({})", winner.author.name, winner.subject)).into(),
+        Err(error) => error,
     }
 }
 
@@ -433,10 +428,7 @@ pub fn frozen(snapshot: &Snapshot) -> Result<Frozen> {
 pub fn known_release(loaded: &Loaded, environment: &str, wanted: &str) -> Option<Candidate> {
     let names = loaded.policy.environments.get(environment).map(|policy| policy.from.names().to_vec()).unwrap_or_default();
     let states = names.iter().chain([&environment.to_owned()]).filter_map(|name| loaded.states.get(name)).collect::<Vec<_>>();
-    let hex = wanted.strip_prefix("sha256:").unwrap_or(wanted);
-    let by_digest = |release: &Digest| hex.len() >= 8 && release.hex().starts_with(hex);
-    let found =
-        states.iter().flat_map(|state| state.bindings()).find(|known| known.version == wanted || by_digest(&known.release));
+    let found = states.iter().flat_map(|state| state.bindings()).find(|known| known.is_called(wanted));
     found.map(|known| Candidate { release: known.release, version: known.version.clone(), author: known.author.clone() })
 }
 

@@ -77,12 +77,10 @@ pub fn make(store: &Store, wish: &Wish<'_>) -> Result<Made> {
     let recipe = Recipe { name: name.to_owned(), version: wish.version.to_owned(), revision, entries };
     let descriptor = release::write(store, &recipe)?;
     let made = release::read(store, &descriptor.digest)?;
-    let mut packages = 0;
     for entry in &made.entries {
         let shown = entry_name(entry);
-        let found = sbom::attach(store, &entry.descriptor(), &shown, &wish.builder.version, wish.threads)
+        sbom::attach(store, &entry.descriptor(), &shown, &wish.builder.version, wish.threads)
             .with_context(|| format!("cannot list the packages of `{shown}`"))?;
-        packages = packages.max(found.packages.len());
     }
     let subjects = [(format!("{name}.release"), made.digest)];
     let entries = made.entries.iter().map(|entry| (entry_name(entry), entry.digest));
@@ -99,15 +97,13 @@ pub fn make(store: &Store, wish: &Wish<'_>) -> Result<Made> {
     };
     provenance::attach(store, &made.descriptor(), &facts, wish.key)?;
     if let Some(key) = wish.key {
-        sign::sign(store, &made.descriptor(), wish.reference, key)?;
-        for entry in made.entries.iter() {
-            sign::sign(store, &entry.descriptor(), wish.reference, key)?;
-        }
+        sign::sign_release(store, &made.digest, wish.reference, key)?;
     }
     // Last: whoever finds the name finds everything that refers to it.
     for tag in [wish.version, "latest"] {
         store.tag(&release::tag(name, tag), &made.descriptor())?;
     }
+    let packages = sbom::of_release(store, &made.digest)?.map_or(0, |inventory| inventory.packages.len());
     Ok(Made { name: release::tag(name, wish.version), signed: wish.key.is_some(), packages, release: made })
 }
 

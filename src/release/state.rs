@@ -71,6 +71,11 @@ pub struct Binding {
 }
 
 impl Binding {
+    /// Whether somebody means it by `text`: its version, or its release's digest or the start of that.
+    pub fn is_called(&self, text: &str) -> bool {
+        self.version == text || self.release.is_called(text)
+    }
+
     /// The pair, for comparisons.
     pub fn pair(&self) -> (Digest, Digest) {
         (self.release, self.config.digest())

@@ -33,9 +33,8 @@ use super::store::{Descriptor, Store};
 use super::{disk, image};
 use crate::disk::tree::{Kind as NodeKind, NodeId, Tree};
 use crate::error::Problem;
-use crate::oci::compress::Compression;
 use crate::oci::digest::Digest;
-use crate::oci::flatten::{Blob, flatten};
+use crate::oci::flatten::flatten;
 
 /// `artifactType` and media type of the SPDX document.
 pub const SPDX_TYPE: &str = "application/spdx+json";
@@ -149,18 +148,8 @@ pub fn of_tree(tree: &Tree) -> Result<Inventory> {
 
 /// The packages in an image, host or disk of the store.
 pub fn of_artifact(store: &Store, digest: &Digest, threads: usize) -> Result<Inventory> {
-    let image = tree_of(store, digest)?;
-    let layers = image::layers(store, &image)?;
-    let blobs: Result<Vec<Blob>> = layers
-        .iter()
-        .map(|layer| {
-            let media_type = &layer.descriptor.media_type;
-            let compression =
-                Compression::of_media_type(media_type).with_context(|| format!("a layer of the unknown type `{media_type}`"))?;
-            Ok(Blob { path: store.blob(&layer.descriptor.digest), digest: layer.descriptor.digest, compression })
-        })
-        .collect();
-    of_tree(&flatten(&blobs?, &store.temp_dir(), threads)?)
+    let blobs = image::blobs(store, &tree_of(store, digest)?)?;
+    of_tree(&flatten(&blobs, &store.temp_dir(), threads)?)
 }
 
 /// The image with the artifact's files.
