@@ -29,7 +29,12 @@ START_SECONDS = 60
 
 def install():
     """Installs the missing ones of PACKAGES and PROGRAMS."""
-    wanted = [*PACKAGES]
+    install_all(*PACKAGES)
+
+
+def install_all(*packages):
+    """Installs the missing ones of these, and of what is always needed."""
+    wanted = [*packages]
     if subprocess.run(["apt-cache", "show", CLIENT], stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL).returncode == 0:
         wanted.append(CLIENT)
     missing = [name for name in wanted if not version(name)]

@@ -1,20 +1,28 @@
-"""Measures decisions: a promotion with six gates after 10,000 decisions, the status of 50 pipelines, a rollback without the remote."""
+"""Measures decisions: a promotion with six gates after 10,000 decisions, the status of 50 pipelines, a rollback without the remote;
+and the push of an edit against `skopeo copy`."""
 
 import copy
 import datetime
 import io
 import json
 import os
+import random
 import shutil
+import socket
 import subprocess
 import tarfile
+import time
 
-from measure import Failed, Report, Times, answer, call, hyperfine, say
+import peers
+from measure import Failed, Report, Times, answer, call, hyperfine, say, timed
 
 # The goals, from the issue.
 DECISIONS, PROMOTE_SECONDS = 10_000, 0.2
 PIPELINES, ENVIRONMENTS, STATUS_SECONDS = 50, 5, 0.3
 ROLLBACK_SECONDS = 0.1
+PUSH_SKOPEO = 1.0
+# What the image that is pushed stands on: bytes that compress as badly as programs do in part.
+BASE_BYTES = 60_000_000
 # Timed runs, after one that warms up.
 RUNS = 9
 # Nobody listens at this port.
@@ -85,18 +93,20 @@ def prepare(bench):
         script = folder / "builder/s2i/bin" / name
         script.write_text(f"#!/bin/sh\nset -eu\n{text}")
         script.chmod(0o755)
-    base(folder / "base.tar")
+    base(folder / "base.tar", 0)
+    base(folder / "large.tar", BASE_BYTES)
     image = "base: { tar: ../base.tar }\nruntime: { builder: ../builder }\nsource: { path: ../src }\nimage: { port: 8080 }\n"
     (folder / "pipelines" / "long.yaml").write_text(f"name: long\n{image}environments:\n  stage: {{ automatic: true }}\n  prod:\n    from: stage\n{GATES}")
     (folder / "pipelines" / "last.yaml").write_text(f"name: last\n{image}environments:\n  stage: {{ automatic: true }}\n  prod: {{ from: stage }}\n")
+    (folder / "pipelines" / "push.yaml").write_text("name: push\n" + image.replace("base.tar", "large.tar"))
     for number in range(PIPELINES):
         chain = "".join(f"  e{index}: {{ {f'from: e{index - 1}, ' if index else ''}automatic: true }}\n" for index in range(ENVIRONMENTS))
         (folder / "pipelines" / f"p{number}.yaml").write_text(f"name: p{number}\n{image}environments:\n{chain}")
     call(bench.argv("keys", "generate", "team", "--output", folder), folder, bench.env)
 
 
-def base(path):
-    """A root file system of Debian's busybox-static."""
+def base(path, more):
+    """A root file system of Debian's busybox-static, and a file of `more` bytes that nothing compresses."""
     program = shutil.which("busybox")
     if not program:
         raise Failed("`busybox` is missing: apt-get install busybox-static")
@@ -117,6 +127,8 @@ def base(path):
             add(f"bin/{name}", tarfile.SYMTYPE, 0o777, link="busybox")
         add("etc/passwd", tarfile.REGTYPE, 0o644, b"root:x:0:0:root:/root:/bin/sh\ndefault:x:1001:0:default:/opt/app:/bin/sh\n")
         add("etc/group", tarfile.REGTYPE, 0o644, b"root:x:0:\n")
+        if more:
+            add("usr/data", tarfile.REGTYPE, 0o644, random.Random(3).randbytes(more))
 
 
 # -- 10: a promotion --------------------------------------------------------------------------------
@@ -232,4 +244,77 @@ def rollback(bench):
     bench.goal("rollback, remote away", f"{times.median:.3f} s", f"≤ {ROLLBACK_SECONDS} s", times.median <= ROLLBACK_SECONDS)
 
 
-MEASUREMENTS = {10: promotion, 11: status, 12: rollback}
+# -- 13: a push -------------------------------------------------------------------------------------
+
+
+class Registry:
+    """Debian's docker-registry on a port of 127.0.0.1, while the block runs."""
+
+    def __init__(self, folder):
+        self.folder = folder
+
+    def __enter__(self):
+        with socket.socket() as free:
+            free.bind(("127.0.0.1", 0))
+            self.port = free.getsockname()[1]
+        self.folder.mkdir()
+        config = self.folder / "registry.yml"
+        config.write_text(f"version: 0.1\nlog: {{ level: error }}\nstorage: {{ filesystem: {{ rootdirectory: {self.folder}/data }} }}\nhttp: {{ addr: 127.0.0.1:{self.port} }}\n")
+        with open(self.folder / "log", "wb") as log:
+            self.process = subprocess.Popen(["docker-registry", "serve", config], stdin=subprocess.DEVNULL, stdout=log, stderr=log, preexec_fn=peers.die_with_parent)
+        for _ in range(200):
+            with socket.socket() as client:
+                if client.connect_ex(("127.0.0.1", self.port)) == 0:
+                    return self
+            time.sleep(0.05)
+        self.__exit__()
+        raise Failed(f"docker-registry did not start: {(self.folder / 'log').read_text(errors='replace')}")
+
+    def __exit__(self, *_):
+        self.process.kill()
+        self.process.wait()
+
+
+def push(bench):
+    say("13: the push of an edit")
+    peers.install_all("docker-registry", "skopeo")
+    bench.versions["docker-registry, skopeo"] = ", ".join(peers.version(name) for name in ("docker-registry", "skopeo"))
+    times = {name: Times(f"push of an edit: {name}") for name in ("pipeline", "skopeo copy")}
+    store = bench.folder / "root/store"
+    with Registry(bench.folder / "registry") as registry:
+        place = f"127.0.0.1:{registry.port}"
+        for run in range(RUNS + 1):
+            (bench.folder / "src/index.html").write_text(f"<h1>push {run}</h1>\n")
+            bench.verb("build", "push")
+            ours = bench.argv("--json", "artifact", "push", "push", f"{place}/ours:{run}")
+            theirs = ["skopeo", "--insecure-policy", "copy", "--dest-tls-verify=false", f"oci:{store}:push:latest", f"docker://{place}/theirs:{run}"]
+            found = {}
+
+            def send(name):
+                os.sync()
+                if name == "pipeline":
+                    seconds, found["ours"] = answer(ours, bench.folder, bench.env)
+                else:
+                    seconds, _ = timed(theirs, bench.folder, bench.env)
+                # The first sends everything, and warms up.
+                if run > 0:
+                    times[name].seconds.append(seconds)
+
+            # Each goes first as often as the other.
+            for name in sorted(times, reverse=run % 2 == 1):
+                send(name)
+            blobs = found["ours"]["pushed"]["blobs"]
+            if run > 0 and blobs["sent_bytes"] > 100_000:
+                raise Failed(f"the push of an edit sent {json.dumps(blobs)}")
+        same = [call(["skopeo", "inspect", "--raw", "--tls-verify=false", f"docker://{place}/{name}:{RUNS}"], env=bench.env) for name in ("ours", "theirs")]
+        if same[0] != same[1]:
+            raise Failed("skopeo and pipeline did not push the same manifest")
+    bench.timing(*times.values())
+    bench.command("push of an edit", ours)
+    bench.command("the same, skopeo", theirs)
+    bench.notes.append(f"Push: an image on a base of {BASE_BYTES / 1e6:.0f} MB, one page edited; sent were {blobs['sent_bytes']} bytes in {blobs['sent']} blobs. Each run pushes to repositories that have the image before.")
+    ratio = times["pipeline"].median / times["skopeo copy"].median
+    bench.goal("push of a one-line edit against skopeo copy", f"{ratio:.2f}x the time ({times['pipeline'].median:.3f} s, {times['skopeo copy'].median:.3f} s)", f"≤ {PUSH_SKOPEO:.0f}x the time", ratio <= PUSH_SKOPEO)
+
+
+MEASUREMENTS = {10: promotion, 11: status, 12: rollback, 13: push}

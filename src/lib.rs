@@ -18,6 +18,7 @@ pub mod oci;
 pub mod cmd;
 pub mod error;
 pub mod fault;
+pub mod git;
 pub mod progress;
 pub mod sandbox;
 pub mod template;

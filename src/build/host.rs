@@ -68,6 +68,12 @@ pub struct Host {
 }
 
 impl Host {
+    /// The private keys that ssh offers by itself, whether they are there or not.
+    pub fn ssh_keys(&self) -> Vec<PathBuf> {
+        let names = ["id_ed25519", "id_ecdsa", "id_rsa"];
+        self.home.iter().flat_map(|home| names.map(|name| home.join(".ssh").join(name))).collect()
+    }
+
     /// Variables and mounts that let a step reach the network the way this machine does.
     pub fn trust(&self) -> (Vec<(String, String)>, Vec<Mount>) {
         let mut variables: Vec<(String, String)> = self.trusted.iter().map(|(key, value)| (key.clone(), value.clone())).collect();

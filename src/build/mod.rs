@@ -431,12 +431,7 @@ fn read_source(build: &Build<'_>, prepared: &mut Prepared) -> Result<()> {
     let (root, checkout) = match &prepared.pipeline.source {
         Source::Path(path) => (path.clone(), None),
         Source::Git { url, reference, dir, submodules } => {
-            let ssh_keys: Vec<PathBuf> = build
-                .host
-                .home
-                .iter()
-                .flat_map(|home| ["id_ed25519", "id_ecdsa", "id_rsa"].map(|name| home.join(".ssh").join(name)))
-                .collect();
+            let ssh_keys = build.host.ssh_keys();
             let request = source::fetch::Request {
                 url,
                 reference: reference.as_deref(),

@@ -43,8 +43,17 @@ pub struct Place {
 }
 
 impl Office {
-    /// Opens the ledger. `pipeline`: the one that is meant, where a verb names it.
+    /// Opens the ledger for somebody who decides. `pipeline`: the one that is meant, where a verb names it.
     pub fn open(global: &Global, pipeline: Option<&str>) -> Result<Self> {
+        Self::open_for(global, pipeline, true)
+    }
+
+    /// Opens the ledger for somebody who looks at it, and need not be known to Git.
+    pub fn open_to_read(global: &Global, pipeline: Option<&str>) -> Result<Self> {
+        Self::open_for(global, pipeline, false)
+    }
+
+    fn open_for(global: &Global, pipeline: Option<&str>, decides: bool) -> Result<Self> {
         let around = ui::Surroundings::new(global)?;
         let here = match pipeline {
             Some(name) => around.pipeline(Some(name)).ok(),
@@ -52,7 +61,16 @@ impl Office {
         };
         let settings = here.as_ref().map(|here| here.releases.ledger.clone()).unwrap_or_default();
         let git = Git::read(&around)?;
-        let keys: Vec<PathBuf> = git.signing_key.iter().cloned().collect();
+        let name = match git.name {
+            Some(name) => name,
+            None if decides => {
+                return Err(Problem::usage("Git does not know who you are, and the ledger keeps who decided")
+                    .hint("`git config --global user.name NAME` and `user.email`, or GIT_AUTHOR_NAME and GIT_AUTHOR_EMAIL")
+                    .into());
+            }
+            None => String::new(),
+        };
+        let keys: Vec<PathBuf> = git.signing_key.iter().cloned().chain(around.host.ssh_keys()).collect();
         let url = around.host.variables.get(REMOTE).cloned().or(settings.remote);
         let remote = url.map(|url| Remote::new(&url, &keys));
         let state = around.store.state("ledger");
@@ -60,19 +78,19 @@ impl Office {
         let signs = settings.sign || here.as_ref().is_some_and(|here| !here.releases.people.is_empty());
         let asked = around.host.variables.contains_key(SIGNING_KEY);
         let signer = match git.signing_key.filter(|_| signs || asked || git.signs) {
-            Some(file) => {
+            Some(file) if decides => {
                 let agent = around.host.variables.get("SSH_AUTH_SOCK").map(PathBuf::from);
                 Some(Signer::open(&file, agent.as_deref())?)
             }
-            None if settings.sign => {
+            None if settings.sign && decides => {
                 return Err(Problem::usage("decisions are to be signed (`ledger.sign`), and there is no key")
                     .hint(format!("`git config user.signingKey ~/.ssh/id_ed25519`, or {SIGNING_KEY}"))
                     .into());
             }
-            None => None,
+            _ => None,
         };
         let network = gate::http::Network { ca_bundle: around.host.ca_bundle.clone(), ..Default::default() };
-        Ok(Self { around, ledger, remote, name: git.name, email: git.email, signer, network, here })
+        Ok(Self { around, ledger, remote, name, email: git.email, signer, network, here })
     }
 
     /// Calls `work` with a desk.
@@ -155,7 +173,7 @@ impl Office {
 
 /// What Git knows of who works here.
 struct Git {
-    name: String,
+    name: Option<String>,
     email: String,
     signing_key: Option<PathBuf>,
     /// `commit.gpgSign` with SSH keys.
@@ -172,11 +190,6 @@ impl Git {
         let variable = |name: &str| around.host.variables.get(name).filter(|value| !value.is_empty()).cloned();
         let get = |key: &str| config.get_string(key).ok().filter(|value| !value.is_empty());
         let name = variable("GIT_AUTHOR_NAME").or_else(|| get("user.name"));
-        let Some(name) = name else {
-            return Err(Problem::usage("Git does not know who you are, and the ledger keeps who decided")
-                .hint("`git config --global user.name NAME` and `user.email`, or GIT_AUTHOR_NAME and GIT_AUTHOR_EMAIL")
-                .into());
-        };
         let email = variable("GIT_AUTHOR_EMAIL").or_else(|| get("user.email")).unwrap_or_else(|| "unknown".into());
         let is_ssh = get("gpg.format").is_some_and(|format| format == "ssh");
         let home = around.host.home.clone();

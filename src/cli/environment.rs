@@ -108,7 +108,7 @@ fn tags(global: &Global, name: Option<&str>, retag: bool) -> Result<u8> {
         Some((pipeline, environment)) => (Some(pipeline), Some(environment).filter(|name| !name.is_empty())),
         None => (None, None),
     };
-    let office = Office::open(global, pipeline)?;
+    let office = Office::open_to_read(global, pipeline)?;
     let pipeline = office.pipeline(pipeline)?;
     let loaded = office.sit(|desk| {
         desk.sync(true)?;
@@ -190,7 +190,7 @@ fn upstream(from: &Upstream) -> String {
 }
 
 fn list(global: &Global, pipeline: Option<&str>) -> Result<u8> {
-    let office = Office::open(global, pipeline)?;
+    let office = Office::open_to_read(global, pipeline)?;
     let snapshot = office.ledger.snapshot()?;
     let mut rows = Vec::new();
     let mut values = Vec::new();
@@ -213,7 +213,7 @@ fn list(global: &Global, pipeline: Option<&str>) -> Result<u8> {
 }
 
 fn show(global: &Global, environment: &str, pipeline: Option<&str>) -> Result<u8> {
-    let office = Office::open(global, environment.split_once('/').map(|(name, _)| name).or(pipeline))?;
+    let office = Office::open_to_read(global, environment.split_once('/').map(|(name, _)| name).or(pipeline))?;
     let place = office.place(environment, pipeline)?;
     let loaded = office.sit(|desk| desk.load(&place.pipeline))?;
     let policy = loaded.policy.environment(&place.environment).map_err(Problem::from)?;

@@ -38,7 +38,7 @@ pub enum KeysVerb {
 pub const PASSWORD: &str = "COSIGN_PASSWORD";
 
 pub fn run(global: &Global, verb: Verb) -> Result<u8> {
-    let office = Office::open(global, None)?;
+    let office = Office::open_to_read(global, None)?;
     match verb {
         Verb::Path => {
             let path = office.ledger.dir();

@@ -21,7 +21,7 @@ pub fn run(global: &Global, around: &ui::Surroundings, dry_run: bool, keep: usiz
         }
     }
     if ledger(around).join("ledger.git").exists()
-        && let Ok(office) = Office::open(global, None)
+        && let Ok(office) = Office::open_to_read(global, None)
     {
         office.sit(|desk| desk.sync(true))?;
     }

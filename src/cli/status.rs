@@ -108,7 +108,7 @@ pub fn status(global: &Global, args: StatusArgs) -> Result<u8> {
         Some((pipeline, environment)) => (Some(pipeline.to_owned()), Some(environment).filter(|name| !name.is_empty())),
         None => (None, None),
     };
-    let office = Office::open(global, pipeline.as_deref())?;
+    let office = Office::open_to_read(global, pipeline.as_deref())?;
     office.sit(|desk| desk.sync(true))?;
     let snapshot = office.ledger.snapshot()?;
     let now = Timestamp::now();
@@ -263,7 +263,8 @@ fn ago(seconds: u64) -> String {
 }
 
 pub fn history(global: &Global, args: HistoryArgs) -> Result<u8> {
-    let office = Office::open(global, args.environment.split_once('/').map(|(name, _)| name).or(args.pipeline.as_deref()))?;
+    let office =
+        Office::open_to_read(global, args.environment.split_once('/').map(|(name, _)| name).or(args.pipeline.as_deref()))?;
     let place = office.place(&args.environment, args.pipeline.as_deref())?;
     let loaded = office.sit(|desk| desk.load(&place.pipeline))?;
     loaded.policy.environment(&place.environment).map_err(Problem::from)?;
@@ -293,7 +294,7 @@ pub fn history(global: &Global, args: HistoryArgs) -> Result<u8> {
 }
 
 pub fn diff(global: &Global, args: DiffArgs) -> Result<u8> {
-    let office = Office::open(global, args.one.split_once('/').map(|(name, _)| name).or(args.pipeline.as_deref()))?;
+    let office = Office::open_to_read(global, args.one.split_once('/').map(|(name, _)| name).or(args.pipeline.as_deref()))?;
     let one = office.place(&args.one, args.pipeline.as_deref())?;
     let other = office.place(&args.other, Some(&one.pipeline))?;
     if one.pipeline != other.pipeline {
@@ -327,7 +328,7 @@ pub fn diff(global: &Global, args: DiffArgs) -> Result<u8> {
 }
 
 pub fn log(global: &Global, args: LogArgs) -> Result<u8> {
-    let office = Office::open(global, args.pipeline.as_deref())?;
+    let office = Office::open_to_read(global, args.pipeline.as_deref())?;
     let mut rows = Vec::new();
     let mut values = Vec::new();
     for commit in office.ledger.log()? {

@@ -6,6 +6,8 @@
 use std::path::{Component, Path};
 use std::time::Duration;
 
+use crate::oci::registry::{NotAReference, Reference};
+
 /// What is wrong with a text, and how to write it.
 #[derive(Debug, Clone, PartialEq, Eq)]
 pub struct Wrong {
@@ -139,14 +141,15 @@ pub fn size(text: &str) -> Result<u64, Wrong> {
 
 /// A reference to an image in a registry.
 pub fn image_reference(text: &str) -> Result<(), Wrong> {
-    match text.parse::<oci_client::Reference>() {
-        Ok(_) => Ok(()),
-        Err(error) => {
-            let reason = error.to_string();
-            let message = format!("`{text}` is not an image in a registry: {}", reason.trim_end_matches('.').to_lowercase());
-            Err(Wrong::new(message, "like `docker.io/library/debian:13`"))
+    let why = match Reference::parse(text) {
+        Ok(_) => return Ok(()),
+        Err(NotAReference::Because(why)) => why,
+        Err(NotAReference::Login) => {
+            let hint = "log in with `docker login` or `podman login`; their files are read";
+            return Err(Wrong::new("an image reference holds no user name or password", hint));
         }
-    }
+    };
+    Err(Wrong::new(format!("`{text}` is not an image in a registry: {why}"), "like `docker.io/library/debian:13`"))
 }
 
 /// Where a Git repository is.

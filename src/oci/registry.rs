@@ -42,7 +42,7 @@ pub use self::manifest::{Descriptor, Entry, Platform};
 use self::manifest::{Document, Image};
 use self::push::Shipment;
 pub use self::push::{Blobs, Pushed, TagSet};
-pub use self::reference::Reference;
+pub use self::reference::{NotAReference, Reference};
 use self::session::{Act, Session};
 pub use self::source::Content;
 use self::source::Remote;

@@ -2,7 +2,7 @@
 //!
 //! Every flow is the same four steps: read → plan ([`promotion::plan`], [`State::after`]) → append → and, when somebody else
 //! was faster, again from the start, with all gates asked again. With a remote a decision counts once the remote has it; a
-//! rollback alone is made here when the remote cannot be reached, and published by the next command that reaches it.
+//! rollback or an emergency stop alone is made here when the remote cannot be reached, and published by the next command that reaches it.
 
 use std::collections::BTreeMap;
 
@@ -111,7 +111,7 @@ impl Desk<'_> {
                 Ok(true)
             }
             Ok(_) => Ok(true),
-            Err(error @ RemoteError::Unreachable { .. }) if offline => {
+            Err(error @ (RemoteError::Unreachable { .. } | RemoteError::Closed { .. })) if offline => {
                 self.progress.warn(format!("{error}; going on with what is known here"));
                 Ok(false)
             }
@@ -184,7 +184,11 @@ impl Desk<'_> {
         let outcome = self.one(pipeline, environment, action, ask, false)?;
         let Some(mut outcome) = outcome else { bail!("a decision that nobody made") };
         if outcome.commit.is_some() {
-            outcome.followed = self.follow(pipeline, environment)?;
+            // The decision stands, whatever becomes of what follows.
+            outcome.followed = self.follow(pipeline, environment).unwrap_or_else(|error| {
+                self.progress.warn(format!("what comes by itself after it was not decided: {error:#}"));
+                Vec::new()
+            });
         }
         Ok(outcome)
     }
@@ -288,7 +292,9 @@ impl Desk<'_> {
 
     /// Freezes every environment of this name, or ends that.
     pub fn freeze_all(&self, environment: &str, kind: Kind, reason: &str, until: Option<Timestamp>) -> Result<String> {
-        self.sync(false)?;
+        // An emergency stop is made here at once, too, when the remote is away.
+        let offline = kind == Kind::Freeze;
+        self.sync(offline)?;
         let done = self.again(|| {
             let snapshot = self.ledger.snapshot()?;
             let mut policies = Vec::new();
@@ -305,14 +311,11 @@ impl Desk<'_> {
                 writes: vec![(FROZEN_FILE.to_owned(), after.bytes())],
                 message: message::of_frozen(&decision, environment),
                 time: decision.time,
-                offline: true,
+                offline,
             };
             Ok(Some((snapshot.id(), draft)))
         })?;
-        let (id, published) = done.context("a decision that nobody made")?;
-        if !published {
-            self.progress.warn("the remote does not know of it yet".into());
-        }
+        let (id, _) = done.context("a decision that nobody made")?;
         Ok(id.to_string())
     }
 
@@ -364,7 +367,7 @@ impl Desk<'_> {
         let Some(remote) = self.remote else { return Ok((self.ledger.append(tip, &change, &author, self.signer)?, true)) };
         match self.ledger.append_to(remote, tip, &change, &author, self.signer) {
             Ok(appended) => Ok((appended, true)),
-            Err(error @ RemoteError::Unreachable { .. }) if draft.offline => {
+            Err(error @ (RemoteError::Unreachable { .. } | RemoteError::Closed { .. })) if draft.offline => {
                 self.progress.warn(format!("{error}; decided here, and published by the next command that reaches it"));
                 Ok((self.ledger.append(tip, &change, &author, self.signer)?, false))
             }

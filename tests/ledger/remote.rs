@@ -354,7 +354,7 @@ fn remotes_that_do_not_answer() {
     };
     check(&gone, 75, "cannot reach the ledger at");
     check(&nowhere, 75, "cannot reach the ledger at");
-    check(&missing, 1, "refuses");
+    check(&missing, 1, "does not let this in");
     for (status, code) in [(500, 75), (503, 75), (429, 75), (403, 1), (404, 1), (401, 1)] {
         shared.server.set(Mode::Status(status));
         check(&http, code, &status.to_string().replace("401", "credentials"));

@@ -15,15 +15,12 @@
 //! place, which they get by rename. A commit given in full that is there already costs no network. History is deepened
 //! until the last commit that changed the source's folder is known, as the image's dates come from it.
 
-use std::cell::Cell;
 use std::io::Write as _;
 use std::path::{Path, PathBuf};
 
 use anyhow::{Context as _, Result, bail};
 use fs_err as fs;
-use git2::{
-    Cred, CredentialType, ErrorClass, ErrorCode, FetchOptions, ObjectType, Oid, ProxyOptions, RemoteCallbacks, Repository,
-};
+use git2::{ErrorClass, ErrorCode, FetchOptions, ObjectType, Oid, Repository};
 use rustix::fs::FlockOperation;
 
 use super::git::{GitState, Last, last_commit, without_credentials};
@@ -31,6 +28,7 @@ use super::listing::as_path;
 use super::scan::words;
 use super::snapshot::boot_id;
 use crate::error::{Problem, nearest};
+use crate::git;
 use crate::oci::digest::Digest;
 
 /// Commits to fetch of a branch or tag, one attempt after the other, until the folder's last change is among them;
@@ -268,7 +266,11 @@ impl<'a> Mirror<'a> {
 
     fn download(&mut self, specs: &[String], depth: i32) -> Result<(), git2::Error> {
         let mut options = FetchOptions::new();
-        options.remote_callbacks(self.callbacks()).proxy_options(proxy()).depth(depth).download_tags(git2::AutotagOption::None);
+        options
+            .remote_callbacks(git::callbacks(self.request.ssh_keys))
+            .proxy_options(git::proxy())
+            .depth(depth)
+            .download_tags(git2::AutotagOption::None);
         let mut remote = self.repository.remote_anonymous(self.request.url)?;
         remote.fetch(specs, Some(&mut options), None)?;
         drop((remote, options));
@@ -281,7 +283,8 @@ impl<'a> Mirror<'a> {
     fn references(&self) -> Result<Vec<(String, Oid, Option<String>)>> {
         let ask = || -> Result<_, git2::Error> {
             let mut remote = self.repository.remote_anonymous(self.request.url)?;
-            let connection = remote.connect_auth(git2::Direction::Fetch, Some(self.callbacks()), Some(proxy()))?;
+            let connection =
+                remote.connect_auth(git2::Direction::Fetch, Some(git::callbacks(self.request.ssh_keys)), Some(git::proxy()))?;
             let target = |head: &git2::RemoteHead<'_>| head.symref_target().map(str::to_owned);
             Ok(connection.list()?.iter().map(|head| (head.name().to_owned(), head.oid(), target(head))).collect::<Vec<_>>())
         };
@@ -349,33 +352,6 @@ impl<'a> Mirror<'a> {
         write_tree(&self.repository, &tree, to).context("cannot write the files of the commit")
     }
 
-    /// Answers the remote's wishes: the SSH agent, then the keys, one by one; Git's credential helpers over HTTP.
-    fn callbacks(&self) -> RemoteCallbacks<'a> {
-        let keys: Vec<&'a PathBuf> = self.request.ssh_keys.iter().filter(|key| fs::metadata(key).is_ok()).collect();
-        let (attempt, helped) = (Cell::new(0), Cell::new(false));
-        let mut callbacks = RemoteCallbacks::new();
-        callbacks.credentials(move |url, user, allowed| {
-            let name = user.unwrap_or("git");
-            if allowed.contains(CredentialType::USERNAME) {
-                return Cred::username(name);
-            }
-            if allowed.contains(CredentialType::SSH_KEY) {
-                let number = attempt.replace(attempt.get() + 1);
-                if number == 0 {
-                    return Cred::ssh_key_from_agent(name);
-                }
-                if let Some(key) = keys.get(number - 1) {
-                    return Cred::ssh_key(name, None, key, None);
-                }
-            }
-            if allowed.contains(CredentialType::USER_PASS_PLAINTEXT) && !helped.replace(true) {
-                return Cred::credential_helper(&git2::Config::open_default()?, url, user);
-            }
-            Err(git2::Error::new(ErrorCode::Auth, ErrorClass::Callback, "no credentials that it accepts were found"))
-        });
-        callbacks
-    }
-
     fn problem(&self, error: git2::Error) -> anyhow::Error {
         // Not the remote's doing: see `is_broken`.
         match error.class() {
@@ -420,12 +396,6 @@ fn write_tree(repository: &Repository, tree: &git2::Tree<'_>, to: &Path) -> Resu
         }
     }
     Ok(())
-}
-
-fn proxy() -> ProxyOptions<'static> {
-    let mut options = ProxyOptions::new();
-    options.auto();
-    options
 }
 
 /// Whether trying again may help. libgit2 tells network errors by its words only.

@@ -64,7 +64,9 @@ fn name_base_and_runtime() {
         ),
         (
             "base: { image: 'A b' }",
-            &["1:16 `A b` is not an image in a registry: invalid reference format | like `docker.io/library/debian:13`"],
+            &[
+                "1:16 `A b` is not an image in a registry: the repository must be in lower case | like `docker.io/library/debian:13`",
+            ],
         ),
         ("base: { image: 'debian:13', mirror: 'https://x.example' }", &["1:29 `mirror` goes with `debian` only"]),
         ("base: { image: 'debian:13' }", &[]),
@@ -113,7 +115,7 @@ fn name_base_and_runtime() {
         (
             "runtime: { image: '' }",
             &[
-                "1:19 `` is not an image in a registry: repository name must have at least one component | like `docker.io/library/debian:13`",
+                "1:19 `` is not an image in a registry: it names no repository | like `docker.io/library/debian:13`",
             ],
         ),
         ("runtime: { packages: [libpq5] }", &[]),

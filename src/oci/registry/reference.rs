@@ -9,6 +9,10 @@ use crate::oci::digest::Digest;
 
 /// Characters of a tag (distribution specification, "Pulling manifests").
 const TAG_LENGTH: usize = 128;
+/// Characters of registry and repository, which clients take together (same section).
+const NAME_LENGTH: usize = 255;
+/// The registry of names without one.
+const DOCKER: &str = "docker.io";
 
 /// A reference, in its normal form: `debian:13` is `docker.io/library/debian:13`.
 #[derive(Debug, Clone, PartialEq, Eq, Hash)]
@@ -49,11 +53,7 @@ impl Reference {
     /// # Errors
     /// What is no tag (distribution specification, "Pulling manifests").
     pub fn with_tag(&self, tag: &str) -> Result<Self, Problem> {
-        let word = |c: u8| c.is_ascii_alphanumeric() || c == b'_';
-        let good = tag.len() <= TAG_LENGTH
-            && tag.bytes().enumerate().all(|(index, c)| word(c) || (index > 0 && b".-".contains(&c)))
-            && !tag.is_empty();
-        if !good {
+        if !is_tag(tag) {
             return Err(Problem::usage(format!("`{tag}` is not a tag"))
                 .hint("a tag has up to 128 letters, digits, `.`, `_`, `-`, and begins with none of `.` and `-`"));
         }
@@ -85,12 +85,116 @@ pub(super) fn is_loopback(registry: &str) -> bool {
     host == "localhost" || host.parse::<IpAddr>().is_ok_and(|address| address.is_loopback())
 }
 
-/// Takes `[ADDRESS][:PORT]` off a name, which the reference library does not know.
-fn address(name: &str) -> Option<(&str, &str)> {
+/// What is wrong with a name that is no reference.
+#[derive(Debug, Clone, PartialEq, Eq)]
+pub enum NotAReference {
+    /// Why, to stand behind the name and a colon.
+    Because(&'static str),
+    /// It has a user name and perhaps a password in it, and is not to be repeated.
+    Login,
+}
+
+/// A registry, by the rule of Docker's clients: what stands before the first slash, when it has a dot, a port or an upper-case
+/// letter, or is `localhost`.
+fn split_registry(name: &str) -> Option<(&str, &str)> {
     let (host, rest) = name.split_once('/')?;
-    let (address, port) = host.strip_prefix('[')?.split_once(']')?;
-    let good_port = port.is_empty() || port.strip_prefix(':').is_some_and(|port| port.parse::<u16>().is_ok());
-    (good_port && address.parse::<std::net::Ipv6Addr>().is_ok()).then_some((host, rest))
+    let is_host = host.contains(['.', ':', '[']) || host == "localhost" || host.chars().any(|c| c.is_ascii_uppercase());
+    is_host.then_some((host, rest))
+}
+
+fn is_registry(host: &str) -> bool {
+    let is_port = |port: &str| !port.is_empty() && port.bytes().all(|c| c.is_ascii_digit()) && port.parse::<u16>().is_ok();
+    if let Some(rest) = host.strip_prefix('[') {
+        let Some((address, port)) = rest.split_once(']') else { return false };
+        return address.parse::<std::net::Ipv6Addr>().is_ok() && (port.is_empty() || port.strip_prefix(':').is_some_and(is_port));
+    }
+    let (name, port) = host.split_once(':').map_or((host, None), |(name, port)| (name, Some(port)));
+    let is_label = |label: &str| {
+        !label.is_empty()
+            && label.bytes().all(|c| c.is_ascii_alphanumeric() || c == b'-')
+            && !label.starts_with('-')
+            && !label.ends_with('-')
+    };
+    name.split('.').all(is_label) && port.is_none_or(is_port)
+}
+
+/// One component of a repository's name: letters and digits with `.`, `_`, `__` or dashes between them.
+fn is_component(component: &str) -> bool {
+    let mut between = String::new();
+    for c in component.chars() {
+        match c {
+            'a'..='z' | '0'..='9' => {
+                let separates = matches!(between.as_str(), "" | "." | "_" | "__") || between.bytes().all(|c| c == b'-');
+                if !separates {
+                    return false;
+                }
+                between.clear();
+            }
+            '.' | '_' | '-' if between.is_empty() && component.starts_with(c) => return false,
+            '.' | '_' | '-' => between.push(c),
+            _ => return false,
+        }
+    }
+    between.is_empty() && !component.is_empty()
+}
+
+fn is_tag(tag: &str) -> bool {
+    let word = |c: u8| c.is_ascii_alphanumeric() || c == b'_';
+    let good = |(index, c): (usize, u8)| word(c) || (index > 0 && b".-".contains(&c));
+    (1..=TAG_LENGTH).contains(&tag.len()) && tag.bytes().enumerate().all(good)
+}
+
+impl Reference {
+    /// Reads `[HOST[:PORT]/]REPOSITORY[:TAG][@DIGEST]` (the grammar of the distribution project's `reference` package, which the
+    /// distribution specification's names are a part of).
+    ///
+    /// # Errors
+    /// Why it is none.
+    pub fn parse(text: &str) -> Result<Self, NotAReference> {
+        let because = |why| Err(NotAReference::Because(why));
+        let name = text.strip_prefix("docker://").unwrap_or(text);
+        if name.contains("://") {
+            return because("it is a URL");
+        }
+        let (name, digest) = name.split_once('@').map_or((name, None), |(name, digest)| (name, Some(digest)));
+        // `user:password@host/name`
+        if digest.is_some_and(|rest| rest.contains('/')) {
+            return Err(NotAReference::Login);
+        }
+        let digest = match digest {
+            None => None,
+            Some(digest) => match digest.parse().ok().filter(|_| digest.starts_with("sha256:")) {
+                Some(digest) => Some(digest),
+                None if digest.starts_with("sha256:") => return because("a digest is `sha256:` and 64 hexadecimal digits"),
+                None => return because("only `sha256` digests are known"),
+            },
+        };
+        let (registry, rest) = split_registry(name).map_or((DOCKER, name), |(host, rest)| (host, rest));
+        let (repository, tag) = rest.rsplit_once(':').map_or((rest, None), |(repository, tag)| (repository, Some(tag)));
+        if repository.is_empty() {
+            return because("it names no repository");
+        }
+        if repository.chars().any(|c| c.is_ascii_uppercase()) {
+            return because("the repository must be in lower case");
+        }
+        if !repository.split('/').all(is_component) {
+            return because("a repository has a-z and 0-9, with `.`, `_`, `-` or `/` between them");
+        }
+        if !is_registry(registry) {
+            return because("what stands before the first `/` is no host name");
+        }
+        if tag.is_some_and(|tag| !is_tag(tag)) {
+            return because("a tag has up to 128 letters, digits, `.`, `_`, `-`, and begins with none of `.` and `-`");
+        }
+        let registry = if registry == "index.docker.io" { DOCKER } else { registry };
+        let is_official = registry == DOCKER && !repository.contains('/');
+        let repository = if is_official { format!("library/{repository}") } else { repository.into() };
+        if registry.len() + 1 + repository.len() > NAME_LENGTH {
+            return because("it is longer than 255 characters");
+        }
+        let tag = tag.or_else(|| digest.is_none().then_some("latest"));
+        Ok(Self { registry: registry.into(), repository, tag: tag.map(str::to_owned), digest })
+    }
 }
 
 impl fmt::Display for Reference {
@@ -107,41 +211,11 @@ impl FromStr for Reference {
     type Err = Problem;
 
     fn from_str(text: &str) -> Result<Self, Problem> {
-        let name = text.strip_prefix("docker://").unwrap_or(text);
-        let wrong = |why: &str| Problem::usage(format!("`{text}` is not an image reference: {why}"));
-        let shape = "write `[HOST[:PORT]/]NAME[:TAG][@sha256:…]`, for example `docker.io/library/debian:13`";
-        if name.contains("://") {
-            return Err(wrong("it is a URL").hint(shape));
-        }
-        // `user:password@host/name`: not repeated, it may be real.
-        if name.split_once('/').is_some_and(|(host, _)| host.contains('@') && !host.contains("@sha256:")) {
-            return Err(Problem::usage("an image reference holds no user name or password")
-                .hint("log in with `docker login` or `podman login`; their files are read"));
-        }
-        let repository = name.split(['@']).next().unwrap_or(name);
-        let path = repository.split_once('/').map_or(repository, |(_, path)| path);
-        let path = path.rsplit_once(':').map_or(path, |(path, _)| path);
-        if path.chars().any(|c| c.is_ascii_uppercase()) {
-            return Err(wrong("the repository must be in lower case").hint(shape));
-        }
-        let (host, known) = match address(name) {
-            Some((host, rest)) => (Some(host), format!("localhost/{rest}")),
-            None => (None, name.to_owned()),
-        };
-        let reference: oci_client::Reference =
-            known.parse().map_err(|error: oci_client::ParseError| wrong(&error.to_string()).hint(shape))?;
-        let digest = match reference.digest() {
-            None => None,
-            Some(digest) => match digest.parse().ok().filter(|_| digest.starts_with("sha256:")) {
-                Some(digest) => Some(digest),
-                None => return Err(wrong("only `sha256` digests are known").hint(shape)),
-            },
-        };
-        Ok(Self {
-            registry: host.unwrap_or(reference.registry()).into(),
-            repository: reference.repository().into(),
-            tag: reference.tag().map(str::to_owned),
-            digest,
+        Self::parse(text).map_err(|wrong| match wrong {
+            NotAReference::Because(why) => Problem::usage(format!("`{text}` is not an image reference: {why}"))
+                .hint("write `[HOST[:PORT]/]NAME[:TAG][@sha256:…]`, for example `docker.io/library/debian:13`"),
+            NotAReference::Login => Problem::usage("an image reference holds no user name or password")
+                .hint("log in with `docker login` or `podman login`; their files are read"),
         })
     }
 }
@@ -161,6 +235,8 @@ mod tests {
             ("index.docker.io/library/debian:13", "docker.io/library/debian:13".to_owned(), false),
             ("docker://quay.io/a/b:c", "quay.io/a/b:c".to_owned(), false),
             ("localhost/x", "localhost/x:latest".to_owned(), true),
+            ("localhost:5000/a__b/c--d/e.f_g", "localhost:5000/a__b/c--d/e.f_g:latest".to_owned(), true),
+            ("MACHINE/x", "MACHINE/x:latest".to_owned(), false),
             ("127.8.0.1:5000/x/y", "127.8.0.1:5000/x/y:latest".to_owned(), true),
             ("[::1]:5000/x/y:1", "[::1]:5000/x/y:1".to_owned(), true),
             ("[::1]/x", "[::1]/x:latest".to_owned(), true),
@@ -195,13 +271,35 @@ mod tests {
     #[test]
     fn what_is_no_reference_is_told() {
         for (text, message) in [
-            ("", "`` is not an image reference: repository name must have at least one component"),
+            ("", "`` is not an image reference: it names no repository"),
+            ("quay.io/", "`quay.io/` is not an image reference: it names no repository"),
             ("Debian:13", "`Debian:13` is not an image reference: the repository must be in lower case"),
             ("quay.io/Team/app", "`quay.io/Team/app` is not an image reference: the repository must be in lower case"),
             ("https://quay.io/a", "`https://quay.io/a` is not an image reference: it is a URL"),
-            ("[::1]:http/a", "`[::1]:http/a` is not an image reference: invalid reference format"),
-            ("a b", "`a b` is not an image reference: invalid reference format"),
-            ("debian@sha256:abc", "`debian@sha256:abc` is not an image reference: invalid reference format"),
+            ("[::1]:http/a", "`[::1]:http/a` is not an image reference: what stands before the first `/` is no host name"),
+            ("a..b/c", "`a..b/c` is not an image reference: what stands before the first `/` is no host name"),
+            ("x.y:99999/c", "`x.y:99999/c` is not an image reference: what stands before the first `/` is no host name"),
+            ("a b", "`a b` is not an image reference: a repository has a-z and 0-9, with `.`, `_`, `-` or `/` between them"),
+            (
+                "a/../b",
+                "`a/../b` is not an image reference: a repository has a-z and 0-9, with `.`, `_`, `-` or `/` between them",
+            ),
+            ("a//b", "`a//b` is not an image reference: a repository has a-z and 0-9, with `.`, `_`, `-` or `/` between them"),
+            ("a/b-", "`a/b-` is not an image reference: a repository has a-z and 0-9, with `.`, `_`, `-` or `/` between them"),
+            ("a/-b", "`a/-b` is not an image reference: a repository has a-z and 0-9, with `.`, `_`, `-` or `/` between them"),
+            (
+                "a/b___c",
+                "`a/b___c` is not an image reference: a repository has a-z and 0-9, with `.`, `_`, `-` or `/` between them",
+            ),
+            (
+                "a:",
+                "`a:` is not an image reference: a tag has up to 128 letters, digits, `.`, `_`, `-`, and begins with none of `.` and `-`",
+            ),
+            (
+                "debian@sha256:abc",
+                "`debian@sha256:abc` is not an image reference: a digest is `sha256:` and 64 hexadecimal digits",
+            ),
+            ("debian@sha512:abc", "`debian@sha512:abc` is not an image reference: only `sha256` digests are known"),
             ("me:s3cret@quay.io/a", "an image reference holds no user name or password"),
         ] {
             let problem = text.parse::<Reference>().unwrap_err();

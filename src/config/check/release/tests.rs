@@ -143,7 +143,9 @@ fn environments() {
         ("registry: team/shop", &["1:11 `team/shop` does not name a registry | like `registry.example/team/shop`"]),
         (
             "registry: Shop",
-            &["1:11 `Shop` is not an image in a registry: invalid reference format | like `docker.io/library/debian:13`"],
+            &[
+                "1:11 `Shop` is not an image in a registry: the repository must be in lower case | like `docker.io/library/debian:13`",
+            ],
         ),
         ("ledger: git@git.example:ledger.git", &[]),
         ("ledger: { remote: /srv/ledger.git, sign: true }", &[]),

@@ -54,6 +54,9 @@ pub enum RemoteError {
     /// The server does not take it; its own words.
     #[error("`{url}` refuses the decision: {words}")]
     Refused { url: String, words: String },
+    /// It does not let us in, or has no such repository.
+    #[error("the ledger at `{url}` does not let this in: {words}")]
+    Closed { url: String, words: String },
     /// It cannot be reached, or its answer was lost: the decision may be there or not.
     #[error("cannot reach the ledger at `{url}`: {words}")]
     Unreachable { url: String, words: String },
@@ -94,6 +97,11 @@ impl RemoteError {
             Self::Refused { .. } => {
                 (Kind::Failed, "the rules of that server decide; its hook or branch protection has to let you".into())
             }
+            Self::Closed { .. } => (
+                Kind::Failed,
+                "check the address and what you log in with: over SSH the agent's keys and the signing key, over HTTP Git's credential helpers"
+                    .into(),
+            ),
             Self::Unreachable { .. } => {
                 (Kind::Transient, "check the address and the network, then run it again: it finds out what is there".into())
             }

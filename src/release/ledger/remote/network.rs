@@ -1,15 +1,12 @@
 //! Remotes over HTTP and SSH, through libgit2.
 
 use std::cell::{Cell, RefCell};
-use std::path::PathBuf;
 use std::sync::Once;
 
-use git2::{
-    Cred, CredentialType, Direction, ErrorClass, ErrorCode, FetchOptions, Oid, ProxyOptions, PushOptions, RemoteCallbacks,
-    Repository,
-};
+use git2::{Direction, ErrorClass, ErrorCode, FetchOptions, Oid, PushOptions, Repository};
 
 use super::{BRANCH, Push, Remote, RemoteError};
+use crate::git;
 
 /// A server that does not take the connection for this long is taken for unreachable, in milliseconds.
 const CONNECT_MS: i32 = 20_000;
@@ -37,7 +34,7 @@ pub(super) fn tip(remote: &Remote) -> Result<Option<Oid>, RemoteError> {
     set_timeouts();
     let ask = || -> Result<Option<Oid>, git2::Error> {
         let mut connected = git2::Remote::create_detached(remote.url.as_str())?;
-        let connection = connected.connect_auth(Direction::Fetch, Some(callbacks(remote)), Some(proxy()))?;
+        let connection = connected.connect_auth(Direction::Fetch, Some(git::callbacks(&remote.keys)), Some(git::proxy()))?;
         Ok(find(connection.list()?))
     };
     ask().map_err(|error| explain(&remote.shown(), &error))
@@ -52,7 +49,10 @@ pub(super) fn download(remote: &Remote, repository: &Repository) -> Result<(), R
     set_timeouts();
     let get = || -> Result<(), git2::Error> {
         let mut options = FetchOptions::new();
-        options.remote_callbacks(callbacks(remote)).proxy_options(proxy()).download_tags(git2::AutotagOption::None);
+        options
+            .remote_callbacks(git::callbacks(&remote.keys))
+            .proxy_options(git::proxy())
+            .download_tags(git2::AutotagOption::None);
         repository.remote_anonymous(&remote.url)?.download(&[BRANCH], Some(&mut options))
     };
     get().map_err(|error| explain(&remote.shown(), &error))
@@ -64,7 +64,7 @@ pub(super) fn push(remote: &Remote, repository: &Repository, expected: Option<Oi
     let there = Cell::new(None);
     let answer: RefCell<Option<Result<(), String>>> = RefCell::new(None);
     let words: RefCell<Vec<u8>> = RefCell::new(Vec::new());
-    let mut callbacks = callbacks(remote);
+    let mut callbacks = git::callbacks(&remote.keys);
     callbacks.push_negotiation(|updates| {
         let old = updates.first().map(git2::PushUpdate::src).filter(|old| !old.is_zero());
         if old == expected {
@@ -85,7 +85,7 @@ pub(super) fn push(remote: &Remote, repository: &Repository, expected: Option<Oi
     });
     let send = |callbacks| -> Result<(), git2::Error> {
         let mut options = PushOptions::new();
-        options.remote_callbacks(callbacks).proxy_options(proxy());
+        options.remote_callbacks(callbacks).proxy_options(git::proxy());
         repository.remote_anonymous(&remote.url)?.push(&[format!("{id}:{BRANCH}")], Some(&mut options))
     };
     let sent = send(callbacks);
@@ -113,44 +113,8 @@ pub(super) fn with_words(why: &str, words: &[u8]) -> String {
     if words.is_empty() { why.trim().into() } else { format!("{} ({})", words.join("; "), why.trim()) }
 }
 
-/// Answers the server's wishes: the SSH agent, then the keys, one by one; Git's credential helpers over HTTP.
-fn callbacks(remote: &Remote) -> RemoteCallbacks<'_> {
-    let keys: Vec<&PathBuf> = remote.keys.iter().filter(|key| fs_err::metadata(key).is_ok()).collect();
-    let (attempt, helped) = (Cell::new(0), Cell::new(false));
-    let mut callbacks = RemoteCallbacks::new();
-    callbacks.credentials(move |url, user, allowed| {
-        let name = user.unwrap_or("git");
-        if allowed.contains(CredentialType::USERNAME) {
-            return Cred::username(name);
-        }
-        if allowed.contains(CredentialType::SSH_KEY) {
-            let number = attempt.replace(attempt.get() + 1);
-            if number == 0 {
-                return Cred::ssh_key_from_agent(name);
-            }
-            if let Some(key) = keys.get(number - 1) {
-                return Cred::ssh_key(name, None, key, None);
-            }
-        }
-        if allowed.contains(CredentialType::USER_PASS_PLAINTEXT) && !helped.replace(true) {
-            let helped = git2::Config::open_default().and_then(|config| Cred::credential_helper(&config, url, user));
-            if helped.is_ok() {
-                return helped;
-            }
-        }
-        Err(git2::Error::new(ErrorCode::Auth, ErrorClass::Callback, "no credentials that it accepts were found"))
-    });
-    callbacks
-}
-
-fn proxy() -> ProxyOptions<'static> {
-    let mut options = ProxyOptions::new();
-    options.auto();
-    options
-}
-
-/// What an error of libgit2 means. One that is about access or about what is there is a refusal, also while reading; what
-/// is about the files here is not the remote's; the rest is the network.
+/// What an error of libgit2 means. One that is about access or about what is there is a closed door; what is about the
+/// files here is not the remote's; the rest is the network.
 pub(super) fn explain(url: &str, error: &git2::Error) -> RemoteError {
     let words = error.message().trim().to_owned();
     let lower = words.to_lowercase();
@@ -160,11 +124,11 @@ pub(super) fn explain(url: &str, error: &git2::Error) -> RemoteError {
     if error.class() == ErrorClass::Os && lower.starts_with("failed to resolve path") {
         return RemoteError::Unreachable { url, words };
     }
-    let refused = matches!(error.code(), ErrorCode::Auth | ErrorCode::Certificate | ErrorCode::Owner | ErrorCode::NotFound)
+    let closed = matches!(error.code(), ErrorCode::Auth | ErrorCode::Certificate | ErrorCode::Owner | ErrorCode::NotFound)
         || any(&["status code: 4", "authentication", "not found", "not exist", "not owned", "denied", "invalid credentials"])
             && !any(&["status code: 408", "status code: 429"]);
-    if refused {
-        return RemoteError::Refused { url, words };
+    if closed {
+        return RemoteError::Closed { url, words };
     }
     match error.class() {
         ErrorClass::Filesystem | ErrorClass::Odb | ErrorClass::Indexer | ErrorClass::Zlib | ErrorClass::Object => {
@@ -185,15 +149,15 @@ mod tests {
             (ErrorCode::GenericError, ErrorClass::Net, "failed to resolve address for git.example.org", "unreachable"),
             (ErrorCode::GenericError, ErrorClass::Http, "unexpected http status code: 500", "unreachable"),
             (ErrorCode::GenericError, ErrorClass::Http, "unexpected http status code: 429", "unreachable"),
-            (ErrorCode::GenericError, ErrorClass::Http, "unexpected http status code: 403", "refused"),
-            (ErrorCode::Auth, ErrorClass::Callback, "no credentials that it accepts were found", "refused"),
-            (ErrorCode::Certificate, ErrorClass::Ssl, "the SSL certificate is invalid", "refused"),
+            (ErrorCode::GenericError, ErrorClass::Http, "unexpected http status code: 403", "closed"),
+            (ErrorCode::Auth, ErrorClass::Callback, "no credentials that it accepts were found", "closed"),
+            (ErrorCode::Certificate, ErrorClass::Ssl, "the SSL certificate is invalid", "closed"),
             (ErrorCode::NotFound, ErrorClass::Os, "failed to resolve path '/nowhere': No such file or directory", "unreachable"),
             (ErrorCode::GenericError, ErrorClass::Net, "early EOF", "unreachable"),
             (ErrorCode::GenericError, ErrorClass::Odb, "failed to write: No space left on device", "other"),
         ] {
             let found = match explain("u", &git2::Error::new(code, class, words)) {
-                RemoteError::Refused { .. } => "refused",
+                RemoteError::Closed { .. } => "closed",
                 RemoteError::Unreachable { .. } => "unreachable",
                 RemoteError::Other(_) => "other",
                 _ => "else",
