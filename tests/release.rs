@@ -2,9 +2,10 @@
 //! configurations, rollbacks, people with keys, a remote that is away, and what makes a ledger unsound.
 
 mod common;
+#[path = "release/shared.rs"]
+mod shared;
 
-use std::io::{Read as _, Write as _};
-use std::path::{Path, PathBuf};
+use std::path::PathBuf;
 use std::time::Duration;
 
 use common::{Answer, Project, Run, User, me, tool, users};
@@ -607,163 +608,6 @@ fn an_automatic_environment_stays_where_it_was_put() {
     shop.verb(&["hold", "stage", "--lift"]).ok();
     shop.verb(&["promote", "--automatic"]).ok().prints("tiny/stage: 1.0 (");
     assert_eq!(shop.versions(), ["1.2", "1.2", "nothing"]);
-}
-
-// ------------------------------------------------------------------------------------------------ the remote
-
-#[test]
-fn a_remote_that_is_away() {
-    let shop = Shop::without(me(), &format!("{ROW}ledger: ./shared.git\n"));
-    let shared = shop.project.path("shared.git");
-    shop.project.git(&["init", "--quiet", "--bare", "--initial-branch=main", "shared.git"]);
-    shop.verb(&["environment", "apply"]).ok();
-    for version in ["1.0", "1.1"] {
-        shop.release(version);
-        shop.verb(&["promote", "--to", "prod"]).ok();
-    }
-    let theirs = |dir: &Path| shop.project.git_in(dir, &["rev-parse", "main"]).stdout.trim().to_owned();
-    assert_eq!(theirs(&shared), shop.tip());
-    let away = shop.project.path("away.git");
-    fs_err::rename(&shared, &away).unwrap();
-    // A promotion counts only when everybody has it; a rollback does not wait.
-    let promote = shop.nothing_changes(|| shop.verb(&["promote", "--to", "prod", "--release", "1.0"]).run());
-    assert!(!promote.status.success());
-    promote.says("error: ");
-    let rolled = shop.verb(&["rollback", "prod", "--reason", "it fails"]).ok();
-    rolled.says("warning: ").says("going on with what is known here");
-    rolled.prints("the remote ledger does not have it yet: the next command that reaches it publishes it");
-    assert_eq!(shop.version("prod"), "1.0");
-    assert_ne!(theirs(&away), shop.tip());
-    shop.verb(&["status"]).ok().says("going on with what is known here");
-    fs_err::rename(&away, &shared).unwrap();
-    shop.verb(&["status"]).ok().says("published to ");
-    assert_eq!(theirs(&shared), shop.tip());
-    // Another machine sees the same.
-    let other = shop.project.beside("other");
-    let there = |args: &[&str]| shop.project.bare(&["--root"]).arg(&other).args(args).env("GIT_AUTHOR_NAME", "bob");
-    there(&["status"]).ok().prints("tiny/prod").prints("1.0").prints("HOLD by alice");
-    there(&["hold", "prod", "--lift"]).ok();
-    shop.verb(&["status"]).ok();
-    assert_eq!(shop.at("prod")["hold"], Value::Null);
-    // Somebody cuts the history there: nothing is decided any more, and both ids are named.
-    let cut = theirs(&shared);
-    shop.project.git_in(&shared, &["update-ref", "refs/heads/main", "main~2"]);
-    let answer = shop.nothing_changes(|| shop.verb(&["hold", "prod"]).run());
-    answer.code(1).says("error: ").says("rewritten").says(&cut).says(&theirs(&shared));
-    shop.is_sound();
-}
-
-/// Answers every request with `401 Unauthorized`; its port.
-fn unauthorized() -> u16 {
-    let listener = std::net::TcpListener::bind("127.0.0.1:0").unwrap();
-    let port = listener.local_addr().unwrap().port();
-    std::thread::spawn(move || {
-        for client in listener.incoming() {
-            let mut client = client.unwrap();
-            let _ = client.read(&mut [0; 4096]);
-            let head = "HTTP/1.1 401 Unauthorized\r\nWWW-Authenticate: Basic realm=\"x\"\r\n";
-            let _ = client.write_all(format!("{head}Content-Length: 0\r\nConnection: close\r\n\r\n").as_bytes());
-        }
-    });
-    port
-}
-
-#[test]
-fn a_remote_that_lets_nobody_in() {
-    let shop = Shop::new(me(), ROW);
-    for version in ["1.0", "1.1"] {
-        shop.release(version);
-        shop.verb(&["promote", "--to", "prod"]).ok();
-    }
-    let closed = format!("http://127.0.0.1:{}/ledger.git", unauthorized());
-    let there = |args: &[&str]| shop.verb(args).env("PIPELINE_LEDGER", &closed);
-    shop.fails(there(&["hold", "prod"]), 1, &format!("the ledger at `{closed}` does not let this in: "), "credential helpers");
-    there(&["status"]).ok().says("going on with what is known here").prints("1.1");
-    there(&["freeze", "prod", "--all", "--reason", "fire"]).ok().says("going on with what is known here");
-    shop.verb(&["thaw", "prod", "--all"]).ok();
-    there(&["rollback", "prod"]).ok().says("going on with what is known here").prints("the next command that reaches it");
-    assert_eq!(shop.version("prod"), "1.0");
-    shop.is_sound();
-}
-
-/// An OpenSSH server for the caller, on a port of 127.0.0.1; ends with the test.
-struct Ssh {
-    port: u16,
-    daemon: std::process::Child,
-}
-
-impl Ssh {
-    fn start(shop: &Shop) -> Self {
-        assert!(Path::new("/usr/sbin/sshd").exists(), "`sshd` is missing: apt-get install openssh-server");
-        let folder = shop.project.beside("ssh");
-        fs_err::create_dir_all(&folder).unwrap();
-        for name in ["host", "alice"] {
-            shop.project.program("ssh-keygen").args(&["-q", "-t", "ed25519", "-N", "", "-f"]).arg(folder.join(name)).ok();
-        }
-        let port = std::net::TcpListener::bind("127.0.0.1:0").unwrap().local_addr().unwrap().port();
-        let at = folder.display();
-        let config = format!(
-            "ListenAddress 127.0.0.1:{port}\nHostKey {at}/host\nPidFile none\nAuthorizedKeysFile {at}/alice.pub\nStrictModes no\nUsePAM no\nPasswordAuthentication no\nPermitRootLogin yes\n"
-        );
-        fs_err::write(folder.join("config"), config).unwrap();
-        // Where the daemon's unprivileged part is shut in.
-        let _ = fs_err::create_dir_all("/run/sshd");
-        let log = fs_err::File::create(folder.join("log")).unwrap().into_parts().0;
-        let mut daemon = std::process::Command::new("/usr/sbin/sshd");
-        let daemon = daemon.args(["-D", "-e", "-f"]).arg(folder.join("config")).stderr(log).spawn().unwrap();
-        let ssh = Self { port, daemon };
-        let patience = std::time::Instant::now() + Duration::from_secs(20);
-        while std::net::TcpStream::connect(("127.0.0.1", port)).is_err() {
-            let log = fs_err::read_to_string(folder.join("log")).unwrap();
-            assert!(std::time::Instant::now() < patience, "sshd did not start:\n{log}");
-            std::thread::sleep(Duration::from_millis(20));
-        }
-        ssh
-    }
-}
-
-impl Drop for Ssh {
-    fn drop(&mut self) {
-        let _ = self.daemon.kill();
-        let _ = self.daemon.wait();
-    }
-}
-
-#[test]
-fn a_remote_over_ssh() {
-    let shop = Shop::without(me(), ROW);
-    let ssh = Ssh::start(&shop);
-    let folder = shop.project.beside("ssh");
-    shop.project.git(&["init", "--quiet", "--bare", "--initial-branch=main", "shared.git"]);
-    let shared = shop.project.path("shared.git");
-    let user = shop.project.program("id").args(&["-un"]).ok().stdout;
-    let url = format!("ssh://{}@127.0.0.1:{}{}", user.trim(), ssh.port, shared.display());
-    let home = shop.project.beside("home-of-ssh");
-    fs_err::create_dir_all(home.join(".ssh")).unwrap();
-    let there = |args: &[&str]| {
-        let run = shop.verb(args).env("HOME", &home).env("PIPELINE_LEDGER", &url);
-        run.env("GIT_AUTHOR_EMAIL", "alice@example.org").env("PIPELINE_SIGNING_KEY", folder.join("alice"))
-    };
-    // Nobody vouches for the server's key.
-    let unknown = there(&["environment", "apply"]).run();
-    unknown.code(1).says("does not let this in").says(&format!("ssh://127.0.0.1:{}", ssh.port));
-    let host = fs_err::read_to_string(folder.join("host.pub")).unwrap();
-    let known = format!("[127.0.0.1]:{} {host}", ssh.port);
-    fs_err::write(home.join(".ssh/known_hosts"), known).unwrap();
-    there(&["environment", "apply"]).ok();
-    there(&["hold", "prod", "--reason", "over ssh"]).ok();
-    let theirs = shop.project.git_in(&shared, &["rev-parse", "main"]).stdout.trim().to_owned();
-    assert_eq!(theirs, shop.tip());
-    shop.project.git_in(&shared, &["log", "-1", "--format=%B", "main"]).prints("over ssh");
-    // A hook that refuses is heard over SSH, too, and nothing is decided.
-    let hook = shared.join("hooks/update");
-    fs_err::write(&hook, "#!/bin/sh\necho not on Fridays >&2\nexit 1\n").unwrap();
-    fs_err::set_permissions(&hook, std::os::unix::fs::PermissionsExt::from_mode(0o755)).unwrap();
-    shop.fails(there(&["hold", "prod", "--lift"]), 1, "", "not on Fridays");
-    // A key that it does not know.
-    shop.project.program("ssh-keygen").args(&["-q", "-t", "ed25519", "-N", "", "-f"]).arg(folder.join("mallory")).ok();
-    let stranger = there(&["hold", "prod", "--lift"]).env("PIPELINE_SIGNING_KEY", folder.join("mallory"));
-    shop.fails(stranger, 1, "the ledger at `ssh://", "the agent's keys and the signing key");
 }
 
 // ------------------------------------------------------------------------------------------------- people

@@ -1,6 +1,7 @@
 //! What the verbs about environments share: where the ledger is, who decides, which environment is meant.
 
 use std::path::PathBuf;
+use std::sync::Arc;
 
 use anyhow::{Context as _, Result};
 use jiff::Timestamp;
@@ -10,11 +11,13 @@ use crate::build::base;
 use crate::config::types::Pipeline;
 use crate::error::Problem;
 use crate::progress::Progress as _;
-use crate::release::desk::Desk;
+use crate::release::audit;
+use crate::release::desk::{self, Desk};
 use crate::release::evidence::FromStore;
 use crate::release::gate::{self, Tested};
-use crate::release::ledger::{Ledger, Remote};
+use crate::release::ledger::{Commit, Ledger, Remote, Snapshot};
 use crate::release::mirror::{self, Mirror, What};
+use crate::release::policy::Policy;
 use crate::release::sshsig::Signer;
 
 /// Key that signs decisions, instead of Git's `user.signingKey`.
@@ -55,9 +58,11 @@ impl Office {
 
     fn open_for(global: &Global, pipeline: Option<&str>, decides: bool) -> Result<Self> {
         let around = ui::Surroundings::new(global)?;
-        let here = match pipeline {
-            Some(name) => around.pipeline(Some(name)).ok(),
-            None => around.pipeline(None).ok(),
+        let here = match (crate::config::find(pipeline, &around.cwd), decides) {
+            (Err(_), _) => None,
+            // Where decisions go stands in it.
+            (Ok(file), true) => Some(crate::config::load(&file, &around.cwd)?),
+            (Ok(file), false) => crate::config::load(&file, &around.cwd).ok(),
         };
         let settings = here.as_ref().map(|here| here.releases.ledger.clone()).unwrap_or_default();
         let git = Git::read(&around)?;
@@ -71,11 +76,29 @@ impl Office {
             None => String::new(),
         };
         let keys: Vec<PathBuf> = git.signing_key.iter().cloned().chain(around.host.ssh_keys()).collect();
-        let url = around.host.variables.get(REMOTE).cloned().or(settings.remote);
-        let remote = url.map(|url| Remote::new(&url, &keys));
         let state = around.store.state("ledger");
-        let ledger = Ledger::open(&state.join("ledger.git"), &state.join("seen.json"))?;
-        let signs = settings.sign || here.as_ref().is_some_and(|here| !here.releases.people.is_empty());
+        let rules =
+            Arc::new(|commit: &Commit, before: Option<&Snapshot>, after: &Snapshot| Ok(audit::check(commit, before, after)));
+        let ledger = Ledger::open(&state.join("ledger.git"), &state.join("seen.json"))?.with_rules(rules);
+        // Who only looks may be here because something is wrong with it.
+        let shared = if decides { ledger.shared()? } else { ledger.shared().unwrap_or_default() };
+        let wanted = around.host.variables.get(REMOTE).cloned().or(settings.remote);
+        let same = |a: &str, b: &str| Remote::new(a, &[]).shown() == Remote::new(b, &[]).shown();
+        let url = match (wanted, &shared) {
+            (Some(wanted), Some(shared)) if !decides && !same(&wanted, shared) => Some(shared.clone()),
+            (wanted, shared) => wanted.or_else(|| shared.clone()),
+        };
+        let remote = url.map(|url| Remote::new(&url, &keys));
+        if let (Some(remote), Some(shared)) = (&remote, &shared)
+            && Remote::new(shared, &[]).shown() != remote.shown()
+        {
+            return Err(Problem::usage(format!("the ledger here is shared with `{shared}`, and not with `{}`", remote.shown()))
+                .hint("`--root DIR` keeps another ledger; when the server moved, `pipeline ledger accept` forgets where it was")
+                .into());
+        }
+        let signs = settings.sign
+            || here.as_ref().is_some_and(|here| !here.releases.people.is_empty())
+            || (decides && has_people(&ledger)?);
         let asked = around.host.variables.contains_key(SIGNING_KEY);
         let signer = match git.signing_key.filter(|_| signs || asked || git.signs) {
             Some(file) if decides => {
@@ -169,6 +192,19 @@ impl Office {
                 .note(format!("deciding as `{name}`, as Git says; `people:` in the pipeline file makes keys count"));
         }
     }
+}
+
+/// Whether a policy in the ledger makes keys count.
+fn has_people(ledger: &Ledger) -> Result<bool> {
+    let snapshot = ledger.snapshot()?;
+    for pipeline in snapshot.pipelines()? {
+        if let Some(bytes) = snapshot.read(&desk::policy_path(&pipeline))?
+            && !Policy::parse(&bytes)?.people.is_empty()
+        {
+            return Ok(true);
+        }
+    }
+    Ok(false)
 }
 
 /// What Git knows of who works here.

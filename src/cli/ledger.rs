@@ -1,15 +1,18 @@
-//! `pipeline ledger path|verify|accept` and `keys generate`.
+//! `pipeline ledger path|verify|accept|set-aside` and `keys generate`.
 
 use std::fmt::Write as _;
 use std::path::PathBuf;
 
 use anyhow::{Context as _, Result};
+use jiff::Timestamp;
 use serde_json::json;
 
 use super::desk::Office;
 use super::{Global, ui};
 use crate::artifact::keys::{self, PrivateKey};
+use crate::error::Problem;
 use crate::release::audit;
+use crate::release::ledger::RemoteError;
 
 #[derive(Debug, clap::Subcommand)]
 pub enum Verb {
@@ -19,6 +22,8 @@ pub enum Verb {
     Verify,
     /// Take the history as it is for the right one, after it was rewritten and somebody has looked at why
     Accept,
+    /// Give up what was decided here apart from the remote, show it, and follow the remote
+    SetAside,
 }
 
 #[derive(Debug, clap::Subcommand)]
@@ -46,7 +51,7 @@ pub fn run(global: &Global, verb: Verb) -> Result<u8> {
             Ok(0)
         }
         Verb::Verify => {
-            let verified = audit::verify(&office.ledger)?;
+            let verified = audit::verify(&office.ledger, Timestamp::now())?;
             let findings: Vec<_> = verified
                 .findings
                 .iter()
@@ -66,6 +71,27 @@ pub fn run(global: &Global, verb: Verb) -> Result<u8> {
         }
         Verb::Accept => {
             office.ledger.accept()?;
+            Ok(0)
+        }
+        Verb::SetAside => {
+            let Some(remote) = &office.remote else {
+                return Err(Problem::usage("the ledger is on this machine only: nothing to set aside").into());
+            };
+            let aside = office.ledger.set_aside(remote).map_err(RemoteError::into_error)?;
+            let rows: Vec<_> = aside
+                .iter()
+                .map(|commit| json!({"commit": commit.id.to_string(), "by": commit.author.name, "decision": commit.subject}))
+                .collect();
+            ui::answer(global, &json!({"schema": 1, "aside": rows}), || {
+                if aside.is_empty() {
+                    return "nothing was decided here that is not there\n".into();
+                }
+                let mut text = String::new();
+                for commit in &aside {
+                    let _ = writeln!(text, "{} {} ({})", &commit.id.to_string()[..12], commit.subject, commit.author.name);
+                }
+                text + "set aside, and kept below refs/pipeline/aside/; decide again what is still right\n"
+            })?;
             Ok(0)
         }
     }

@@ -127,7 +127,14 @@ fn enter(global: &Global, name: &str, made: &Release, has_environments: bool) ->
         Err(_) if !has_environments => return Ok(Vec::new()),
         Err(error) => return Err(error.context("the release is made, and entered no environment")),
     };
-    let Some(loaded) = crate::release::desk::load(&office.ledger.snapshot()?, name)? else { return Ok(Vec::new()) };
+    let load = || crate::release::desk::load(&office.ledger.snapshot()?, name);
+    match office.sit(|desk| desk.sync(false)) {
+        Ok(_) => {}
+        // Whoever only builds does not wait for a ledger that knows nothing of it.
+        Err(_) if !has_environments && load()?.is_none() => return Ok(Vec::new()),
+        Err(error) => return Err(error.context("the release is made, and entered no environment")),
+    }
+    let Some(loaded) = load()? else { return Ok(Vec::new()) };
     let automatic = loaded.policy.environments.iter().filter(|(_, policy)| policy.automatic && policy.from.names().is_empty());
     let mut outcomes = Vec::new();
     for (environment, _) in automatic {
@@ -140,10 +147,7 @@ fn enter(global: &Global, name: &str, made: &Release, has_environments: bool) ->
         let author = Some(office.name().to_owned());
         let candidate = Candidate { release: made.digest, version: made.version.clone(), author };
         let ask = Ask::default();
-        outcomes.push(office.sit(|desk| {
-            desk.sync(false)?;
-            desk.decide(name, environment, &Action::Enter(candidate), &ask)
-        })?);
+        outcomes.push(office.sit(|desk| desk.decide(name, environment, &Action::Enter(candidate), &ask))?);
     }
     office.tags(name, What::Left);
     Ok(outcomes)

@@ -4,6 +4,7 @@
 //! that decide, so that a commit written by hand has to fulfil the same rules as one of ours.
 
 use anyhow::Result;
+use jiff::{SignedDuration, Timestamp};
 
 use super::decision::{Decision, Frozen, Kind};
 use super::desk::{self, Loaded};
@@ -13,16 +14,25 @@ use super::message;
 use super::policy::Policy;
 use super::state::{Inputs, State};
 
-/// Verifies the whole history.
+/// Clocks of several machines differ by this much at most.
+pub const SKEW: SignedDuration = SignedDuration::from_mins(5);
+
+/// Verifies the whole history at the time `now`.
 ///
 /// # Errors
 /// A repository that cannot be read at all; everything else is a finding.
-pub fn verify(ledger: &Ledger) -> Result<Verified> {
-    ledger.verify(&mut |commit, before, after| Ok(check(commit, before, after)))
+pub fn verify(ledger: &Ledger, now: Timestamp) -> Result<Verified> {
+    ledger.verify(&mut |commit, before, after| {
+        let mut wrong = check(commit, before, after);
+        if commit.time.duration_since(now) > SKEW {
+            wrong.push(format!("it is of {}, which is yet to come by this machine's clock", commit.time));
+        }
+        Ok(wrong)
+    })
 }
 
 /// What is wrong with one commit; nothing when it follows from what was before.
-fn check(commit: &Commit, before: Option<&Snapshot>, after: &Snapshot) -> Vec<String> {
+pub fn check(commit: &Commit, before: Option<&Snapshot>, after: &Snapshot) -> Vec<String> {
     let changed = match before.map_or_else(|| Ok(all(after)), |before| after.changed(before)) {
         Ok(changed) => changed,
         Err(error) => return vec![format!("what it changes cannot be read: {error:#}")],
@@ -144,7 +154,7 @@ fn frozen(commit: &Commit, before: Option<&Snapshot>, after: &Snapshot) -> Resul
         policies.iter().map(|policy| (policy, signed(commit, policy, &commit.author.name))).collect();
     let Some(environment) = commit.trailer("Environment") else { return Ok(Some("it names no environment".to_owned())) };
     let kind = if commit.trailer("Decision") == Some("thaw") { Kind::Thaw } else { Kind::Freeze };
-    let (reason, until) = match now.environments.get(environment) {
+    let (reason, until) = match now.environments.get(environment).filter(|_| kind == Kind::Freeze) {
         Some(freeze) => (freeze.reason.clone(), freeze.until),
         None => (commit.body.clone(), None),
     };

@@ -1,6 +1,6 @@
 //! Decisions: what somebody made of an environment, and why one is refused.
 
-use std::collections::BTreeMap;
+use std::collections::{BTreeMap, BTreeSet};
 use std::fmt;
 
 use anyhow::Result;
@@ -226,6 +226,9 @@ pub struct Freeze {
     /// `None`: until somebody thaws.
     #[serde(default, skip_serializing_if = "Option::is_none")]
     pub until: Option<Timestamp>,
+    /// Of an emergency stop: the pipelines whose people ended it for themselves.
+    #[serde(default, skip_serializing_if = "BTreeSet::is_empty")]
+    pub thawed: BTreeSet<String>,
 }
 
 impl Freeze {
@@ -246,7 +249,13 @@ impl Freeze {
             let message = "the end of the freeze is not after its beginning".into();
             return Err(Refused::new(Why::Nothing, message).hint("write a later `--until`"));
         }
-        Ok(Self { by: decision.actor.clone(), reason: decision.reason.clone(), since: decision.time, until: decision.until })
+        Ok(Self {
+            by: decision.actor.clone(),
+            reason: decision.reason.clone(),
+            since: decision.time,
+            until: decision.until,
+            thawed: BTreeSet::new(),
+        })
     }
 }
 
@@ -278,7 +287,10 @@ impl Frozen {
     }
 
     /// What is frozen after `decision` ([`Kind::Freeze`] or [`Kind::Thaw`]) about every `environment`. `policies`: those of all
-    /// pipelines, each with whether the decision is signed by the key it has for the actor. One that authorizes it is enough.
+    /// pipelines, each with whether the decision is signed by the key it has for the actor.
+    ///
+    /// One policy that authorizes is enough to stop all; the end counts for the pipelines whose policies authorize it, so that
+    /// nobody ends it for others with a pipeline of their own, and none of them ends another stop or makes it shorter.
     ///
     /// # Errors
     /// No policy with people authorizes it; no pipeline has such an environment; a thaw where nothing is frozen.
@@ -288,31 +300,59 @@ impl Frozen {
         if with.is_empty() {
             return Err(Refused::new(Why::NoEnvironment, format!("no pipeline has an environment `{environment}`")));
         }
-        // Pipelines without people let everybody; as soon as one has some, somebody of those must have decided.
-        let guarded = with.iter().any(|(policy, _)| !policy.people.is_empty());
-        let mut asked = with.iter().filter(|(policy, _)| !guarded || !policy.people.is_empty());
-        let mut verdicts = asked.by_ref().map(|(policy, signed)| policy.authorize(decision, *signed)).collect::<Vec<_>>();
-        if !verdicts.iter().any(Result::is_ok) {
-            verdicts.swap_remove(0)?;
-        }
         let mut environments = self.environments.clone();
-        environments.retain(|_, freeze| freeze.is_active(decision.time));
         match decision.kind {
             Kind::Freeze => {
-                environments.insert(environment.to_owned(), Freeze::of(decision)?);
+                // Pipelines without people let everybody; as soon as one has some, somebody of those must have decided.
+                let guarded = with.iter().any(|(policy, _)| !policy.people.is_empty());
+                authorized(with.iter().filter(|(policy, _)| !guarded || !policy.people.is_empty()), decision)?;
+                let freeze = Freeze::of(decision)?;
+                let shorter = |there: &&Freeze| freeze.until.is_some_and(|until| there.is_active(until));
+                if let Some(there) = environments.get(environment).filter(|there| there.is_active(decision.time)).filter(shorter)
+                {
+                    let message = format!("`{environment}` is frozen already, and longer, by `{}`: {}", there.by, there.reason);
+                    return Err(Refused::new(Why::Nothing, message).hint("`pipeline thaw --all` ends it"));
+                }
+                environments.insert(environment.to_owned(), freeze);
             }
             Kind::Thaw => {
-                if environments.remove(environment).is_none() {
+                let Some(freeze) = environments.get_mut(environment) else {
                     return Err(Refused::new(Why::Nothing, format!("`{environment}` is not frozen in all pipelines")));
+                };
+                freeze.thawed.extend(authorized(with.iter(), decision)?);
+                if with.iter().all(|(policy, _)| freeze.thawed.contains(&policy.pipeline)) {
+                    environments.remove(environment);
                 }
             }
             other => return Err(Refused::new(Why::Stale, format!("`{other}` is not about all pipelines"))),
         }
-        // Twice within a second.
+        // Twice within a second, or ended by the same people before.
         if environments == self.environments {
-            return Err(Refused::new(Why::Nothing, format!("`{environment}` is frozen like that already")));
+            let is = if decision.kind == Kind::Freeze { "frozen like that" } else { "thawed for those who let you decide" };
+            return Err(Refused::new(Why::Nothing, format!("`{environment}` is {is} already")));
         }
         Ok(Self { format: FORMAT, environments })
+    }
+}
+
+/// The pipelines of `policies` that authorize `decision`.
+///
+/// # Errors
+/// None does: what the first says.
+fn authorized<'p>(
+    policies: impl Iterator<Item = &'p &'p (&'p Policy, bool)>,
+    decision: &Decision,
+) -> Result<Vec<String>, Refused> {
+    let (mut names, mut refused) = (Vec::new(), None);
+    for (policy, signed) in policies {
+        match policy.authorize(decision, *signed) {
+            Ok(()) => names.push(policy.pipeline.clone()),
+            Err(error) => drop(refused.get_or_insert(error)),
+        }
+    }
+    match refused {
+        Some(refused) if names.is_empty() => Err(refused),
+        _ => Ok(names),
     }
 }
 

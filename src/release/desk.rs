@@ -10,6 +10,7 @@ use anyhow::{Context as _, Result, bail};
 use jiff::Timestamp;
 use serde::Serialize;
 
+use super::audit;
 use super::decision::{Decision, Frozen, Kind, Refused, Status};
 use super::gate::Evidence;
 use super::ledger::place::{FROZEN_FILE, Place};
@@ -105,18 +106,43 @@ impl Desk<'_> {
     pub fn sync(&self, offline: bool) -> Result<bool> {
         let Some(remote) = self.remote else { return Ok(true) };
         match self.ledger.sync(remote) {
-            Ok(Synced::Unpublished { theirs, ours }) => {
-                self.ledger.publish(remote, theirs).map_err(RemoteError::into_error)?;
-                self.progress.note(format!("published to {}: decisions up to {ours} that were made without it", remote.shown()));
+            Ok(Synced::Unpublished { theirs, ours }) => match self.ledger.publish(remote, theirs) {
+                Ok(()) => {
+                    let url = remote.shown();
+                    self.progress.note(format!("published to {url}: decisions up to {ours} that were made without it"));
+                    Ok(true)
+                }
+                Err(error) if offline && !matches!(error, RemoteError::Other(_)) => {
+                    self.progress.warn(format!("{error}; decisions up to {ours} are not there yet"));
+                    Ok(false)
+                }
+                Err(error) => Err(error.into_error()),
+            },
+            Ok(synced) => {
+                if let Synced::Forwarded { to, .. } = synced {
+                    self.say_to_come(to)?;
+                }
                 Ok(true)
             }
-            Ok(_) => Ok(true),
-            Err(error @ (RemoteError::Unreachable { .. } | RemoteError::Closed { .. })) if offline => {
+            Err(error) if offline && away(&error) => {
                 self.progress.warn(format!("{error}; going on with what is known here"));
                 Ok(false)
             }
             Err(error) => Err(error.into_error()),
         }
+    }
+
+    /// Says when the clock of whoever decided last is ahead of this one: soak times and freezes with an end are as right as the
+    /// clocks of those who decide.
+    fn say_to_come(&self, tip: Oid) -> Result<()> {
+        let commit = self.ledger.commit(tip)?;
+        let ahead = commit.time.duration_since((self.clock)());
+        if ahead > audit::SKEW {
+            let (who, what, minutes) = (&commit.author.name, &commit.subject, ahead.as_mins());
+            self.progress
+                .warn(format!("the decision `{what}` of `{who}` is dated {minutes} minutes from now: compare the clocks"));
+        }
+        Ok(())
     }
 
     /// What the ledger here says about `pipeline`.
@@ -295,6 +321,7 @@ impl Desk<'_> {
         // An emergency stop is made here at once, too, when the remote is away.
         let offline = kind == Kind::Freeze;
         self.sync(offline)?;
+        let mut still = Vec::new();
         let done = self.again(|| {
             let snapshot = self.ledger.snapshot()?;
             let mut policies = Vec::new();
@@ -307,6 +334,12 @@ impl Desk<'_> {
             let time = (self.clock)();
             let decision = Decision { reason: reason.to_owned(), until, ..Decision::new(kind, &self.name, time) };
             let after = frozen(&snapshot)?.after(environment, &decision, &with).map_err(Problem::from)?;
+            let left = after.environments.get(environment).filter(|_| kind == Kind::Thaw);
+            let has = |policy: &&Policy| policy.environments.contains_key(environment);
+            still = left.map_or_else(Vec::new, |freeze| {
+                let names = policies.iter().filter(has).map(|policy| &policy.pipeline);
+                names.filter(|name| !freeze.thawed.contains(*name)).cloned().collect()
+            });
             let draft = Draft {
                 writes: vec![(FROZEN_FILE.to_owned(), after.bytes())],
                 message: message::of_frozen(&decision, environment),
@@ -316,6 +349,10 @@ impl Desk<'_> {
             Ok(Some((snapshot.id(), draft)))
         })?;
         let (id, _) = done.context("a decision that nobody made")?;
+        if !still.is_empty() {
+            let names = still.join("`, `");
+            self.progress.warn(format!("`{environment}` of `{names}` stays frozen: their own people have to thaw it"));
+        }
         Ok(id.to_string())
     }
 
@@ -367,13 +404,21 @@ impl Desk<'_> {
         let Some(remote) = self.remote else { return Ok((self.ledger.append(tip, &change, &author, self.signer)?, true)) };
         match self.ledger.append_to(remote, tip, &change, &author, self.signer) {
             Ok(appended) => Ok((appended, true)),
-            Err(error @ (RemoteError::Unreachable { .. } | RemoteError::Closed { .. })) if draft.offline => {
+            Err(error) if draft.offline && away(&error) => {
                 self.progress.warn(format!("{error}; decided here, and published by the next command that reaches it"));
                 Ok((self.ledger.append(tip, &change, &author, self.signer)?, false))
             }
             Err(error) => Err(error.into_error()),
         }
     }
+}
+
+/// Whether a remote cannot be used for now, so that what must not wait is decided without it.
+fn away(error: &RemoteError) -> bool {
+    matches!(
+        error,
+        RemoteError::Unreachable { .. } | RemoteError::Closed { .. } | RemoteError::Diverged { .. } | RemoteError::Unsound { .. }
+    )
 }
 
 /// Somebody else changed what runs between a decision and its commit.

@@ -232,7 +232,7 @@ impl State {
 
     /// The freeze that holds at `time`: the environment's own, or an emergency stop over all pipelines.
     pub fn frozen<'s>(&'s self, frozen: &'s Frozen, time: Timestamp) -> Option<&'s Freeze> {
-        let all = frozen.environments.get(&self.environment);
+        let all = frozen.environments.get(&self.environment).filter(|freeze| !freeze.thawed.contains(&self.pipeline));
         let active = self.freezes.iter().chain(all).filter(|freeze| freeze.is_active(time));
         active.max_by_key(|freeze| freeze.until.unwrap_or(Timestamp::MAX))
     }
@@ -305,14 +305,17 @@ impl State {
             Kind::Approve => change.approve(&mut after, inputs.signed)?,
             Kind::Hold => after.hold = Some(change.hold(decision.reason.clone())),
             Kind::Lift => change.lift(&mut after)?,
-            Kind::Freeze => after.freezes.push(Freeze::of(decision)?),
+            Kind::Freeze => {
+                // Only those who may freeze may forget one, whatever the clocks of others say.
+                after.freezes.retain(|freeze| freeze.is_active(decision.time));
+                after.freezes.push(Freeze::of(decision)?);
+            }
             Kind::Thaw => change.thaw(&mut after)?,
             Kind::Clear => change.clear(&mut after)?,
             Kind::Report => change.report(&mut after)?,
             Kind::Apply => return Err(Refused::new(Why::Stale, "a policy is not applied to one environment".into())),
         }
         after.format = FORMAT;
-        after.freezes.retain(|freeze| freeze.is_active(decision.time));
         after.previous = inputs.previous.map(str::to_owned);
         after.decision = Decision { signed: inputs.signed && !policy.people.is_empty(), ..decision.clone() };
         Ok(after)

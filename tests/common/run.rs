@@ -307,6 +307,6 @@ impl Answer {
     #[track_caller]
     pub fn json(&self) -> Value {
         serde_json::from_str(&self.stdout)
-            .unwrap_or_else(|error| panic!("`{}` prints no JSON: {error}\n{}", self.line, self.stdout))
+            .unwrap_or_else(|error| panic!("`{}` prints no JSON: {error}\n{}{}", self.line, self.stdout, self.stderr))
     }
 }

@@ -114,9 +114,7 @@ fn name_base_and_runtime() {
         ),
         (
             "runtime: { image: '' }",
-            &[
-                "1:19 `` is not an image in a registry: it names no repository | like `docker.io/library/debian:13`",
-            ],
+            &["1:19 `` is not an image in a registry: it names no repository | like `docker.io/library/debian:13`"],
         ),
         ("runtime: { packages: [libpq5] }", &[]),
         ("runtime: {}", &[]),

@@ -21,6 +21,7 @@ mod verify;
 use std::collections::BTreeMap;
 use std::io::ErrorKind;
 use std::path::{Path, PathBuf};
+use std::sync::Arc;
 
 use anyhow::{Context as _, Result, bail};
 use fs_err as fs;
@@ -67,12 +68,23 @@ const CONFIG: &str = "\
 ";
 
 /// A ledger on this machine.
-#[derive(Debug, Clone)]
+#[derive(Clone)]
 pub struct Ledger {
     dir: PathBuf,
     /// File with the last tips seen.
     seen: PathBuf,
     repository: Shared,
+    /// What decisions of others are checked by before the tip moves to them.
+    rules: Option<Arc<Rules>>,
+}
+
+/// What is wrong with a decision: the commit, the files before (`None` before the first) and the files after.
+pub type Rules = dyn Fn(&Commit, Option<&Snapshot>, &Snapshot) -> Result<Vec<String>> + Send + Sync;
+
+impl std::fmt::Debug for Ledger {
+    fn fmt(&self, f: &mut std::fmt::Formatter<'_>) -> std::fmt::Result {
+        f.debug_struct("Ledger").field("dir", &self.dir).field("seen", &self.seen).finish_non_exhaustive()
+    }
 }
 
 /// A decision to be written.
@@ -111,12 +123,23 @@ impl Ledger {
         fs::create_dir_all(disk::scratch(repository.path()))?;
         // libgit2 ends it with a slash, which would put the lock into it.
         let path = repository.path().components().collect();
-        let ledger = Self { dir: path, seen: seen.to_path_buf(), repository: Shared::new(repository) };
+        let ledger = Self { dir: path, seen: seen.to_path_buf(), repository: Shared::new(repository), rules: None };
         ledger.check_is_ledger()?;
         Ok(ledger)
     }
 
     /// The repository's folder.
+    /// The same ledger, which follows a remote only as far as `rules` find nothing wrong.
+    #[must_use]
+    pub fn with_rules(self, rules: Arc<Rules>) -> Self {
+        Self { rules: Some(rules), ..self }
+    }
+
+    /// The address of the remote it is shared with, without a password, once something was exchanged with one.
+    pub fn shared(&self) -> Result<Option<String>> {
+        Ok(Seen::load(&self.seen)?.shared)
+    }
+
     pub fn dir(&self) -> &Path {
         &self.dir
     }
@@ -264,12 +287,14 @@ impl Ledger {
         log::descends(&self.repository.get(), commit, ancestor)
     }
 
-    /// Takes the tip as it is for the last one seen, after somebody has looked at why it was rewritten.
+    /// Takes the tip as it is for the last one seen, here and wherever it is shared, after somebody has looked at why it was
+    /// rewritten.
     pub fn accept(&self) -> Result<()> {
         let writer = self.writer()?;
         let tip = disk::read_tip(&self.repository.get())?;
         let mut seen = Seen::load(&self.seen).unwrap_or_default();
         seen.set_tip(tip);
+        seen.forget_remotes();
         self.save_seen(&writer, &seen)
     }
 

@@ -20,11 +20,14 @@ pub(super) struct Seen {
     /// URL, without credentials, to the tip that was there.
     #[serde(default, skip_serializing_if = "BTreeMap::is_empty")]
     remotes: BTreeMap<String, String>,
+    /// The remote it is shared with: the first one something was exchanged with, without a password.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub shared: Option<String>,
 }
 
 impl Default for Seen {
     fn default() -> Self {
-        Self { format: FORMAT, tip: None, remotes: BTreeMap::new() }
+        Self { format: FORMAT, tip: None, remotes: BTreeMap::new(), shared: None }
     }
 }
 
@@ -73,6 +76,12 @@ impl Seen {
 
     pub fn set_remote(&mut self, url: &str, tip: Oid) {
         self.remotes.insert(url.into(), tip.to_string());
+    }
+
+    /// Takes no remote for known any more.
+    pub fn forget_remotes(&mut self) {
+        self.remotes.clear();
+        self.shared = None;
     }
 
     /// All remotes and the tips seen there.

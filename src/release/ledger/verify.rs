@@ -1,22 +1,18 @@
 //! Checks the whole ledger, from its first decision to the last: what can be known without knowing what the files mean.
 //! The caller adds the rest, such as whether a state follows from the one before and who may sign what.
 
-use std::collections::HashMap;
+use std::collections::{BTreeMap, HashMap};
 
 use anyhow::Result;
 use git2::Oid;
-use jiff::SignedDuration;
 use serde::Deserialize;
 
 use super::commit::{Commit, Signed};
-use super::log::{self, Previous};
+use super::log::{self, Made, Previous};
 use super::place::{self, Place};
 use super::seen::Seen;
 use super::snapshot::{Changed, Snapshot};
 use super::{FORMAT, Ledger, check_format, disk};
-
-/// Clocks of several machines differ; a decision may be this much older than the one before.
-pub const SKEW: SignedDuration = SignedDuration::from_mins(5);
 
 /// What a check of the ledger found.
 #[derive(Debug, Clone, PartialEq, Eq)]
@@ -44,7 +40,7 @@ pub type Check<'a> = dyn FnMut(&Commit, Option<&Snapshot>, &Snapshot) -> Result<
 
 impl Ledger {
     /// Walks all decisions, first to last: every object can be read and has the bytes its name says, each decision has one
-    /// parent and is not older than it by more than [`SKEW`], changes only files that belong together, says which version it
+    /// parent, changes only files that belong together, says which version it
     /// follows, and its signature, if it has one, is over it. The last tips seen, here and on remotes, must be among them.
     ///
     /// # Errors
@@ -55,18 +51,40 @@ impl Ledger {
         let mut walk = Walk { ledger: self, made: HashMap::new(), signed: 0, findings: Vec::new() };
         let chain = walk.chain(tip);
         walk.check_seen(&seen, tip, &chain);
-        let mut before: Option<(Commit, Snapshot)> = None;
+        let mut before: Option<Snapshot> = None;
         for (number, id) in chain.iter().rev().enumerate() {
             // Was read before, so it can be read.
             let Ok(commit) = self.commit(*id) else { continue };
             let after = Snapshot::new(Some(*id), Some(commit.tree), &self.repository);
             walk.check_one(number == 0, &commit, before.as_ref(), &after);
-            for problem in check(&commit, before.as_ref().map(|(_, snapshot)| snapshot), &after)? {
+            for problem in check(&commit, before.as_ref(), &after)? {
                 walk.found(Some(*id), problem);
             }
-            before = Some((commit, after));
+            before = Some(after);
         }
         Ok(Verified { tip, commits: chain.len(), signed: walk.signed, findings: walk.findings })
+    }
+
+    /// What is wrong with the decisions after `base` (`None`: all) up to `tip`, as far as the rules of this ledger go; the
+    /// first that is wrong, without any when it has no rules.
+    pub(super) fn check_new(&self, base: Option<Oid>, tip: Oid) -> Result<Option<Finding>> {
+        let Some(rules) = &self.rules else { return Ok(None) };
+        let made = base.map_or_else(|| Ok(BTreeMap::new()), |base| Made::at(&self.repository, base))?;
+        let mut walk = Walk { ledger: self, made: made.into_iter().collect(), signed: 0, findings: Vec::new() };
+        let mut before = base.map(|base| self.at(base)).transpose()?;
+        for commit in self.between(base, tip, usize::MAX)? {
+            let after = Snapshot::new(Some(commit.id), Some(commit.tree), &self.repository);
+            walk.check_one(before.is_none(), &commit, before.as_ref(), &after);
+            if walk.findings.is_empty() {
+                let wrong = rules(&commit, before.as_ref(), &after)?;
+                wrong.into_iter().for_each(|problem| walk.found(Some(commit.id), problem));
+            }
+            if !walk.findings.is_empty() {
+                return Ok(Some(walk.findings.swap_remove(0)));
+            }
+            before = Some(after);
+        }
+        Ok(None)
     }
 }
 
@@ -116,7 +134,7 @@ impl Walk<'_> {
         }
     }
 
-    fn check_one(&mut self, first: bool, commit: &Commit, before: Option<&(Commit, Snapshot)>, after: &Snapshot) {
+    fn check_one(&mut self, first: bool, commit: &Commit, before: Option<&Snapshot>, after: &Snapshot) {
         let id = Some(commit.id);
         if !commit.merged.is_empty() {
             self.found(id, "it has more than one parent");
@@ -124,18 +142,13 @@ impl Walk<'_> {
         if commit.author != commit.committer {
             self.found(id, format!("it is by `{}`, but was committed by `{}`", commit.author.name, commit.committer.name));
         }
-        if let Some((parent, _)) = before
-            && commit.time.duration_since(parent.time) < -SKEW
-        {
-            self.found(id, format!("it is of {}, and the decision before it of {}", commit.time, parent.time));
-        }
         match commit.signed::<&str>(&[]) {
             Signed::No => {}
             Signed::Bad { why } => self.found(id, why),
             Signed::By { .. } | Signed::Stranger { .. } => self.signed += 1,
         }
         let empty = Snapshot::new(None, None, &self.ledger.repository);
-        match after.changed(before.map_or(&empty, |(_, snapshot)| snapshot)) {
+        match after.changed(before.unwrap_or(&empty)) {
             // What was before a cut of the history is unknown.
             Ok(_) if first && commit.parent.is_some() => {}
             Ok(changes) => self.check_changes(first, commit, after, &changes),

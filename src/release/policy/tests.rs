@@ -166,7 +166,13 @@ fn an_emergency_stop_over_all_pipelines() {
     let frozen = none.after("prod", &Decision { until: Some(at("10:00")), ..freeze("ada") }, &[(&open, true)]).unwrap();
     assert_eq!(
         frozen.environments["prod"],
-        Freeze { by: "ada".into(), reason: "because".into(), since: at("09:00"), until: Some(at("10:00")) }
+        Freeze {
+            by: "ada".into(),
+            reason: "because".into(),
+            since: at("09:00"),
+            until: Some(at("10:00")),
+            thawed: BTreeSet::new()
+        }
     );
     assert_eq!(Frozen::parse(&frozen.bytes().unwrap()).unwrap(), frozen);
     let thawed = frozen.after("prod", &decision(Kind::Thaw, "ada"), &[(&open, true)]).unwrap();

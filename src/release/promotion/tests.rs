@@ -333,7 +333,13 @@ fn freezes_stop_everything_that_changes_what_runs() {
             world.promote("prod", version, time);
         }
     }
-    let freeze = Freeze { by: "ada".into(), reason: "incident".into(), since: at("10:00"), until: Some(at("11:00")) };
+    let freeze = Freeze {
+        by: "ada".into(),
+        reason: "incident".into(),
+        since: at("10:00"),
+        until: Some(at("11:00")),
+        thawed: std::collections::BTreeSet::new(),
+    };
     world.frozen.environments.insert("prod".into(), freeze);
     let actions = [promote("3"), Action::Rollback(Back::Last), set("A", Some("1"))];
     for action in &actions {

@@ -97,9 +97,11 @@ fn holds_and_freezes_come_and_go() {
     world.decide("prod", Kind::Freeze, "09:33", |decision| decision.reason = "incident".into()).unwrap();
     assert_eq!(world.state("prod").freezes.len(), 2);
     assert_eq!(world.state("prod").frozen(&world.frozen, at("11:00")).unwrap().reason, "incident");
-    // One that is over is forgotten with the next decision.
+    // One that is over is forgotten by who freezes again, and not by the clock of anybody else.
     world.decide("prod", Kind::Hold, "10:00", |_| {}).unwrap();
-    assert_eq!(world.state("prod").freezes.len(), 1);
+    assert_eq!(world.state("prod").freezes.len(), 2);
+    world.decide("prod", Kind::Freeze, "10:00", |decision| decision.reason = "again".into()).unwrap();
+    assert_eq!(world.state("prod").freezes.len(), 2);
     world.decide("prod", Kind::Thaw, "10:01", |_| {}).unwrap();
     assert_eq!(world.state("prod").freezes, []);
 }

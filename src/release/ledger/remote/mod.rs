@@ -72,6 +72,9 @@ pub enum RemoteError {
     /// The server said that it took the decision, and shows another tip.
     #[error("`{url}` says that it took the decision {ours}, but its branch is at {}", shown(*.tip))]
     Unbelievable { url: String, ours: Oid, tip: Option<Oid> },
+    /// A decision there does not follow from the rules.
+    #[error("the ledger at `{url}` has a decision that is not sound: {commit}: {problem}")]
+    Unsound { url: String, commit: Oid, problem: String },
     /// What is not about the remote: the disk here, for one.
     #[error(transparent)]
     Other(#[from] anyhow::Error),
@@ -111,7 +114,16 @@ impl RemoteError {
                     "ask who forced a push there; `git push URL +{seen}:{BRANCH}` brings back what was seen, if it is still here"
                 ),
             ),
-            Self::Diverged { .. } => (Kind::Failed, "decide again what was decided here: the decisions there stand".into()),
+            Self::Diverged { .. } => (
+                Kind::Failed,
+                "`pipeline ledger set-aside` gives up what was decided here, shows it, and follows the decisions there".into(),
+            ),
+            Self::Unsound { commit, .. } => (
+                Kind::Failed,
+                format!(
+                    "nothing of it counts here; who runs that server has to take the branch back to before it, `git log {commit}` in a clone shows whose it is"
+                ),
+            ),
             Self::Unpublished { .. } => (Kind::Transient, "publish them first; nothing was decided now".into()),
             Self::Unbelievable { .. } => (Kind::Failed, "ask who runs that server; nothing was decided here".into()),
         };
@@ -131,6 +143,17 @@ impl Remote {
         let Some((scheme, rest)) = self.url.split_once("://") else { return self.url.clone() };
         let (host, path) = rest.split_once('/').map_or((rest, None), |(host, path)| (host, Some(path)));
         let host = host.rsplit_once('@').map_or(host, |(_, host)| host);
+        path.map_or_else(|| format!("{scheme}://{host}"), |path| format!("{scheme}://{host}/{path}"))
+    }
+
+    /// The URL without the password, as it can be used again.
+    pub fn without_password(&self) -> String {
+        let Some((scheme, rest)) = self.url.split_once("://") else { return self.url.clone() };
+        let (host, path) = rest.split_once('/').map_or((rest, None), |(host, path)| (host, Some(path)));
+        let host = match host.rsplit_once('@') {
+            Some((login, host)) => format!("{}@{host}", login.split(':').next().unwrap_or_default()),
+            None => host.to_owned(),
+        };
         path.map_or_else(|| format!("{scheme}://{host}"), |path| format!("{scheme}://{host}/{path}"))
     }
 
@@ -159,7 +182,8 @@ impl Ledger {
     /// Gets what the remote has, and follows it when it is ahead.
     ///
     /// # Errors
-    /// [`RemoteError::Unreachable`], [`RemoteError::Rewritten`] and [`RemoteError::Diverged`]; the tip here stays then.
+    /// [`RemoteError::Unreachable`], [`RemoteError::Rewritten`], [`RemoteError::Diverged`] and [`RemoteError::Unsound`]; the
+    /// tip here stays then.
     pub fn sync(&self, remote: &Remote) -> Result<Synced, RemoteError> {
         let writer = self.writer()?;
         let ours = disk::read_tip(&self.repository.get())?;
@@ -172,10 +196,13 @@ impl Ledger {
             // Also when what was last seen here is gone here: it may be there.
             self.check_not_rewritten(&Seen::load(&self.seen)?, Some(theirs))?;
             if ours == Some(theirs) {
+                self.note_remote(&writer, remote, theirs)?;
                 self.catch_up_seen(&writer, ours)?;
                 return Ok(Synced::Same);
             }
             self.at(theirs)?;
+            self.sound(remote, ours, theirs)?;
+            self.note_remote(&writer, remote, theirs)?;
             return match self.advance(&writer, ours, theirs, None)? {
                 Appended::Done(to) => Ok(Synced::Forwarded { from: ours, to }),
                 Appended::Lost(_) => Err(moved().into()),
@@ -184,9 +211,12 @@ impl Ledger {
         self.tip()?;
         let ours = ours.context("nothing is before everything")?;
         if self.descends(ours, theirs)? {
+            self.note_remote(&writer, remote, theirs)?;
             return Ok(Synced::Unpublished { theirs: Some(theirs), ours });
         }
         let base = self.repository.get().merge_base(ours, theirs).ok();
+        self.sound(remote, base, theirs)?;
+        self.note_remote(&writer, remote, theirs)?;
         Err(RemoteError::Diverged { url: remote.shown(), base, ours, theirs })
     }
 
@@ -254,6 +284,8 @@ impl Ledger {
         }
         self.at(theirs)?;
         let base = self.repository.get().merge_base(ours, theirs).ok();
+        self.sound(remote, base, theirs)?;
+        self.note_remote(&writer, remote, theirs)?;
         let mut aside = self.between(base, ours, usize::MAX)?;
         if !aside.is_empty() {
             let name = format!("refs/pipeline/aside/{ours}");
@@ -282,11 +314,22 @@ impl Ledger {
         Ok(commits)
     }
 
+    /// Whether the decisions after `base` up to `theirs` follow from the rules.
+    fn sound(&self, remote: &Remote, base: Option<Oid>, theirs: Oid) -> Result<(), RemoteError> {
+        match self.check_new(base, theirs)? {
+            None => Ok(()),
+            Some(finding) => {
+                let commit = finding.commit.unwrap_or(theirs);
+                Err(RemoteError::Unsound { url: remote.shown(), commit, problem: finding.problem })
+            }
+        }
+    }
+
     fn is_before(&self, ours: Option<Oid>, theirs: Oid) -> Result<bool> {
         ours.map_or(Ok(true), |ours| self.descends(theirs, ours))
     }
 
-    /// Gets the remote's tip and everything it leads to, synced, and notes it as seen there. No branch moves.
+    /// Gets the remote's tip and everything it leads to, synced. No branch moves, and whether it is sound is not known yet.
     fn fetch(&self, writer: &Writer, remote: &Remote) -> Result<Option<Oid>, RemoteError> {
         let theirs = remote.tip()?;
         let url = remote.shown();
@@ -303,7 +346,6 @@ impl Ledger {
         {
             return Err(RemoteError::Rewritten { url, seen, tip: theirs });
         }
-        self.note_remote(writer, &url, tip)?;
         Ok(theirs)
     }
 
@@ -334,12 +376,14 @@ impl Ledger {
         Err(RemoteError::Unreachable { url: remote.shown(), words: format!("it did not send {tip}") })
     }
 
-    fn note_remote(&self, writer: &Writer, url: &str, tip: Oid) -> Result<()> {
+    fn note_remote(&self, writer: &Writer, remote: &Remote, tip: Oid) -> Result<()> {
+        let url = remote.shown();
         let mut seen = Seen::load(&self.seen)?;
-        if seen.remote(url) == Some(tip) {
+        if seen.remote(&url) == Some(tip) && seen.shared.is_some() {
             return Ok(());
         }
-        seen.set_remote(url, tip);
+        seen.set_remote(&url, tip);
+        seen.shared.get_or_insert_with(|| remote.without_password());
         self.save_seen(writer, &seen)
     }
 
@@ -377,7 +421,7 @@ impl Ledger {
                 return Err(RemoteError::Unbelievable { url, ours: id, tip });
             }
         }
-        Ok(self.note_remote(writer, &url, id)?)
+        Ok(self.note_remote(writer, remote, id)?)
     }
 
     /// Who was faster; or what is wrong there, which may have said `words`.
