@@ -62,6 +62,8 @@ pub struct About {
     pub version: String,
     /// Whether it has no rights on the machine: then nobody reaches the addresses of its containers.
     pub rootless: bool,
+    /// Whether user ids of containers are others on the machine.
+    pub maps_ids: bool,
 }
 
 /// An image the engine has.
@@ -169,7 +171,12 @@ impl Engine {
     }
 
     /// Runs `work` with a client, on a runtime of its own.
-    fn call<T, F: Future<Output = Result<T, Error>>>(&self, what: &str, limit: Duration, work: impl FnOnce(Client) -> F) -> Result<T> {
+    fn call<T, F: Future<Output = Result<T, Error>>>(
+        &self,
+        what: &str,
+        limit: Duration,
+        work: impl FnOnce(Client) -> F,
+    ) -> Result<T> {
         let runtime = tokio::runtime::Builder::new_current_thread().enable_all().build();
         let runtime = runtime.context("cannot start a runtime for the container engine")?;
         let result = runtime.block_on(async {
@@ -205,11 +212,11 @@ impl Engine {
             Error::DockerResponseServerError { message, .. } | Error::DockerStreamError { error: message } => {
                 Problem::failed(format!("cannot {what}: {}", message.trim())).into()
             }
-            error if is_denied(&error) => {
-                Problem::failed(format!("cannot {what}: this user may not use the container engine at `{socket}`"))
-                    .hint("`adduser USER docker` allows it, and makes that user as mighty as root; rootless podman needs no such right")
-                    .into()
-            }
+            error if is_denied(&error) => Problem::failed(format!(
+                "cannot {what}: this user may not use the container engine at `{socket}`"
+            ))
+            .hint("`adduser USER docker` allows it, and makes that user as mighty as root; rootless podman needs no such right")
+            .into(),
             Error::RequestTimeoutError => away("its time was over".into()).into(),
             error @ (Error::HyperLegacyError { .. } | Error::HyperResponseError { .. } | Error::IOError { .. }) => {
                 away(root(&error)).into()
@@ -226,7 +233,8 @@ impl Engine {
         let info = self.call("ask the container engine", ANSWER, |client| async move { client.info().await })?;
         let options = info.security_options.unwrap_or_default();
         let rootless = options.iter().any(|option| option.contains("rootless"));
-        Ok(About { version: info.server_version.unwrap_or_default(), rootless })
+        let maps_ids = rootless || options.iter().any(|option| option.contains("userns"));
+        Ok(About { version: info.server_version.unwrap_or_default(), rootless, maps_ids })
     }
 
     /// The image of that name or id.
@@ -294,8 +302,9 @@ impl Engine {
     /// Takes the name from an image, and removes the image when it was its last one. Whether it could: one in use stays.
     pub fn remove_image(&self, name: &str) -> Result<bool> {
         let options = RemoveImageOptions::default();
-        let removed =
-            self.call("remove an image", ANSWER, |client| async move { client_conflict(client.remove_image(name, Some(options), None).await) })?;
+        let removed = self.call("remove an image", ANSWER, |client| async move {
+            client_conflict(client.remove_image(name, Some(options), None).await)
+        })?;
         Ok(removed.is_some())
     }
 
@@ -306,7 +315,9 @@ impl Engine {
         let request = VolumeCreateRequest {
             name: Some(name.into()),
             driver: Some("local".into()),
-            driver_opts: Some([("type", "none"), ("o", "bind"), ("device", &device)].map(|(key, value)| (key.into(), value.into())).into()),
+            driver_opts: Some(
+                [("type", "none"), ("o", "bind"), ("device", &device)].map(|(key, value)| (key.into(), value.into())).into(),
+            ),
             labels: Some(labels.clone().into_iter().collect()),
             ..VolumeCreateRequest::default()
         };
@@ -391,8 +402,8 @@ impl Engine {
     /// The last `lines` lines a container printed; with `follow` then what comes, until it ends. `sink` gets an empty
     /// chunk now and then, and answers whether there is to be more. `None`: there is no such container.
     pub fn logs(&self, name: &str, lines: usize, follow: bool, sink: &mut dyn FnMut(&[u8]) -> bool) -> Result<Option<()>> {
-        let options =
-            LogsOptions { follow, stdout: true, stderr: true, tail: lines.to_string(), ..LogsOptions::default() };
+        let tail = if lines == usize::MAX { "all".into() } else { lines.to_string() };
+        let options = LogsOptions { follow, stdout: true, stderr: true, tail, ..LogsOptions::default() };
         let what = format!("read the log of `{name}`");
         self.call(&what, ANSWER, |client| async move {
             let mut chunks = std::pin::pin!(client.logs(name, Some(options)));
@@ -539,7 +550,9 @@ async fn look(client: &Client, summary: ContainerSummary) -> Result<Option<Seen>
     let of_state = found.state.unwrap_or_default();
     let state = match summary.state {
         Some(ContainerSummaryStateEnum::CREATED) => State::Created,
-        Some(ContainerSummaryStateEnum::RUNNING | ContainerSummaryStateEnum::PAUSED | ContainerSummaryStateEnum::STOPPING) => State::Running,
+        Some(ContainerSummaryStateEnum::RUNNING | ContainerSummaryStateEnum::PAUSED | ContainerSummaryStateEnum::STOPPING) => {
+            State::Running
+        }
         Some(ContainerSummaryStateEnum::RESTARTING) => State::Restarting,
         _ => State::Ended,
     };
@@ -552,12 +565,15 @@ async fn look(client: &Client, summary: ContainerSummary) -> Result<Option<Seen>
         _ => summary.status.unwrap_or_default(),
     };
     let memory = if state == State::Running { memory(client, &id).await } else { None };
-    let networks: BTreeMap<_, _> = summary.network_settings.and_then(|settings| settings.networks).unwrap_or_default().into_iter().collect();
+    let networks: BTreeMap<_, _> =
+        summary.network_settings.and_then(|settings| settings.networks).unwrap_or_default().into_iter().collect();
     let ports = found.network_settings.and_then(|settings| settings.ports).unwrap_or_default();
     let mut published: Vec<(u16, u16)> = ports
         .iter()
         .flat_map(|(inside, outside)| outside.iter().flatten().map(move |binding| (inside, binding)))
-        .filter_map(|(inside, outside)| Some((inside.strip_suffix("/tcp")?.parse().ok()?, outside.host_port.as_ref()?.parse().ok()?)))
+        .filter_map(|(inside, outside)| {
+            Some((inside.strip_suffix("/tcp")?.parse().ok()?, outside.host_port.as_ref()?.parse().ok()?))
+        })
         .collect();
     published.sort_unstable();
     published.dedup();
@@ -577,7 +593,8 @@ async fn look(client: &Client, summary: ContainerSummary) -> Result<Option<Seen>
 async fn memory(client: &Client, id: &str) -> Option<u64> {
     let options = StatsOptions { stream: false, one_shot: true };
     let stats = std::pin::pin!(client.stats(id, Some(options))).next().await?.ok()?.memory_stats?;
-    let cache = stats.stats.as_ref().and_then(|stats| stats.get("inactive_file").or_else(|| stats.get("total_inactive_file"))).copied();
+    let cache =
+        stats.stats.as_ref().and_then(|stats| stats.get("inactive_file").or_else(|| stats.get("total_inactive_file"))).copied();
     let usage = stats.usage?;
     Some(usage.saturating_sub(cache.and_then(|cache| u64::try_from(cache).ok()).unwrap_or(0)))
 }
