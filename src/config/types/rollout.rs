@@ -5,6 +5,7 @@
 
 use std::collections::BTreeMap;
 
+use schemars::JsonSchema;
 use serde::{Deserialize, Deserializer, Serialize};
 use serde_json::Value;
 
@@ -228,7 +229,15 @@ impl From<WrittenRedirect> for Redirect {
     }
 }
 
-pub use crate::config::file::Volume;
+/// Whether blue and green may hold a volume together.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, Deserialize, Serialize, JsonSchema)]
+#[serde(rename_all = "lowercase")]
+pub enum Volume {
+    /// Both may have it at once.
+    Shared,
+    /// One at a time: the old one stops before the new one starts.
+    Exclusive,
+}
 
 /// Data that outlives releases. As JSON the mode alone (`"exclusive"`) where no path is written.
 #[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
@@ -375,7 +384,7 @@ impl Default for Watch {
 }
 
 /// What follows when green fails after the switch.
-#[derive(Debug, Clone, Copy, Default, PartialEq, Eq, Serialize, Deserialize, schemars::JsonSchema)]
+#[derive(Debug, Clone, Copy, Default, PartialEq, Eq, Serialize, Deserialize, JsonSchema)]
 #[serde(rename_all = "lowercase")]
 pub enum OnFailure {
     /// Blue takes the requests again.
@@ -400,9 +409,7 @@ fn bytes<'de, D: Deserializer<'de>>(input: D) -> Result<Option<u64>, D::Error> {
     match Option::<Written>::deserialize(input)? {
         None => Ok(None),
         Some(Written::Bytes(bytes)) => Ok(Some(bytes)),
-        Some(Written::Text(text)) => {
-            syntax::size(&text).map(Some).map_err(|wrong| serde::de::Error::custom(wrong.message))
-        }
+        Some(Written::Text(text)) => syntax::size(&text).map(Some).map_err(|wrong| serde::de::Error::custom(wrong.message)),
     }
 }
 
