@@ -25,7 +25,8 @@ touch /forbidden || echo root is read-only
 echo started $VERSION
 echo to stderr >&2
 httpd -f -p 8080 -h /tmp/www &
-while true; do sleep 0.2; done
+while [ ! -e /tmp/end ]; do sleep 0.2; done
+exit 3
 ";
 
 fn layer(store: &Store, tar: &[u8], compression: Compression) -> Layer {
@@ -61,12 +62,12 @@ fn tar(files: &[(&str, u32, u64, &[u8])]) -> Vec<u8> {
 /// An image whose program answers with `version`: a base in zstd, its files in gzip, its version in a plain layer.
 pub fn image(store: &Store, version: &str) -> Digest {
     tool("busybox", "busybox-static");
-    let files = tar(&[("run", 0o755, 0, RUN.as_bytes()), ("data/", 0o750, 1001, b""), ("data/seed", 0o640, 1001, b"seed")]);
+    let files = tar(&[("start", 0o755, 0, RUN.as_bytes()), ("data/", 0o750, 1001, b""), ("data/seed", 0o640, 1001, b"seed")]);
     let recipe = Recipe {
         config: RunConfig {
             user: "default".into(),
             env: Some(vec!["PATH=/bin".into(), format!("VERSION={version}")]),
-            cmd: Some(vec!["/run".into()]),
+            cmd: Some(vec!["/start".into()]),
             volumes: Some(BTreeMap::from([("/data".into(), serde_json::json!({}))])),
             working_dir: "/tmp".into(),
             ..RunConfig::default()
