@@ -8,6 +8,7 @@ pub mod cli;
 pub mod bake;
 pub mod build;
 pub mod release;
+pub mod rollout;
 pub mod vm;
 // 2 · nouns of the field
 pub mod artifact;
@@ -16,6 +17,7 @@ pub mod disk;
 pub mod oci;
 // 1 · tools that know nothing of the field
 pub mod cmd;
+pub mod docker;
 pub mod error;
 pub mod fault;
 pub mod git;

@@ -1,0 +1,5 @@
+//! Brings targets to their release.
+
+pub mod dial;
+pub mod shim;
+pub mod target;
