@@ -13,7 +13,7 @@ use anyhow::{Context as _, Result};
 
 use super::debian::normalise::Origin;
 use super::host::{Host, name_service};
-use super::inside::{Copy, Exec, Pack, PackedLayer, Read, Seed, Unpack};
+use super::inside::{Copy, Exec, Pack, PackedLayer, Read, Seed};
 use super::plan::{Action, Step};
 use super::record::StepRecord;
 use super::work::{self, Tree, Work};
@@ -26,6 +26,7 @@ use crate::fault;
 use crate::oci::compress;
 use crate::oci::flatten::{Blob, flatten};
 use crate::oci::layer::PackOptions;
+use crate::artifact::tree::Unpack;
 use crate::oci::unpack::Unpacked;
 use crate::progress::{Event, Progress};
 use crate::sandbox::{self, Exit, Mount, RunSpec, Session};

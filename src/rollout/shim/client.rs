@@ -31,8 +31,10 @@ const REMOVE: Duration = Duration::from_secs(30);
 const GONE: Duration = Duration::from_secs(5);
 /// Shells' convention: 128 and the signal.
 const SIGNALLED: i32 = 128;
-/// All but the log and the lock, the one that says there is an instance last.
-const FILES: [&str; 5] = [SOCKET, "status.json", "pid", ".tmp", "instance.json"];
+/// What outlives an instance.
+const KEPT: [&str; 3] = ["log", "log.1", "lock"];
+/// What says that there is one.
+const RECORD: &str = "instance.json";
 
 /// Starts the shim of `dir` and with it the instance; answers whether there was none before. One that is there, and
 /// whose shim lives, is left as it is. `program` is this program.
@@ -86,7 +88,7 @@ pub fn list(instances: &Path, kind: &str) -> Result<Vec<Seen>> {
     };
     for entry in entries {
         let dir = entry?.path();
-        let instance: Instance = match fs_err::read(dir.join("instance.json")) {
+        let instance: Instance = match fs_err::read(dir.join(RECORD)) {
             Ok(bytes) => serde_json::from_slice(&bytes).with_context(|| format!("`{}` has a broken instance.json", dir.display()))?,
             Err(error) if matches!(error.kind(), std::io::ErrorKind::NotFound | std::io::ErrorKind::NotADirectory) => continue,
             Err(error) => return Err(error.into()),
@@ -371,15 +373,20 @@ pub(super) fn clean(program: &Path, dir: &Path) -> Result<()> {
     remove_files(dir)
 }
 
-/// Removes the files of an instance, all but the log.
+/// Removes the files of an instance, all but the log; what says that there is one goes last.
 pub(super) fn remove_files(dir: &Path) -> Result<()> {
-    for name in FILES {
-        match fs_err::remove_file(dir.join(name)) {
-            Err(error) if error.kind() != std::io::ErrorKind::NotFound => return Err(error.into()),
-            _ => {}
+    for entry in fs_err::read_dir(dir)? {
+        let entry = entry?;
+        let name = entry.file_name();
+        if entry.file_type()?.is_dir() || name == RECORD || KEPT.iter().any(|kept| name == *kept) {
+            continue;
         }
+        fs_err::remove_file(entry.path())?;
     }
-    Ok(())
+    match fs_err::remove_file(dir.join(RECORD)) {
+        Err(error) if error.kind() != std::io::ErrorKind::NotFound => Err(error.into()),
+        _ => Ok(()),
+    }
 }
 
 /// Removes a folder in which there is no log; the caller holds the lock.

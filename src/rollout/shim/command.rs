@@ -144,7 +144,7 @@ impl Own for Command {
     }
 
     fn remove(&mut self) -> Result<()> {
-        for (mut child, _) in self.running.take() {
+        if let Some((mut child, _)) = self.running.take() {
             let _ = child.kill();
             child.wait().context("cannot wait for the command")?;
         }

@@ -56,6 +56,8 @@ impl Log {
         }
         let result = if self.lost.is_none() { self.try_write(bytes) } else { Err((0, String::new())) };
         if let Err((done, why)) = result {
+            // Opened anew for the next: what stands at its place may be another file by then.
+            self.file = None;
             let missing = bytes.len() as u64 - done;
             let lost = self.lost.get_or_insert((0, why));
             lost.0 += missing;
@@ -300,7 +302,6 @@ mod tests {
         log.write(b"lost\n");
         log.write(b"lost too\n");
         fs_err::remove_file(dir.path().join("log")).unwrap();
-        log.file = None;
         log.write(b"kept\n");
         assert_eq!(lines(dir.path(), 9), "\npipeline: 14 bytes of output are lost: No space left on device (os error 28)\nkept\n");
     }

@@ -7,6 +7,7 @@
 use std::collections::BTreeMap;
 use std::ffi::{OsStr, OsString};
 use std::os::fd::{AsFd as _, BorrowedFd, OwnedFd};
+use std::os::unix::fs::DirBuilderExt as _;
 use std::path::{Path, PathBuf};
 use std::sync::Arc;
 
@@ -101,7 +102,8 @@ impl Program {
             .parent()
             .zip(volume.source.file_name())
             .with_context(|| format!("`{}` is no place for a volume", volume.source.display()))?;
-        fs_err::create_dir_all(parent)?;
+        let made = std::fs::DirBuilder::new().recursive(true).mode(0o700).create(parent);
+        made.with_context(|| format!("cannot make `{}`", parent.display()))?;
         let name = name.to_string_lossy();
         let _lock = Lock::wait(&parent.join(format!(".{name}.lock")), Hold::Exclusive)?;
         if volume.source.symlink_metadata().is_err() {
@@ -249,6 +251,10 @@ impl Own for Program {
     }
 
     fn start(&mut self, output: &OwnedFd) -> Result<()> {
+        // Asked for between two runs: the answers would be taken for others'.
+        for (_, reply) in std::mem::take(&mut self.beside) {
+            refuse(&reply, "the program does not run");
+        }
         self.open()?;
         let spec = self.run_spec()?;
         let null = fs_err::File::open("/dev/null")?;

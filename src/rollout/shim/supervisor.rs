@@ -106,7 +106,8 @@ fn relay(dir: &str, path: &OsStr) -> Result<()> {
 /// The second process.
 fn keep(dir: &Path, path: &OsStr) -> Result<()> {
     let channel = crate::sandbox::inside::socket()?;
-    rustix::process::umask(rustix::fs::Mode::from_raw_mode(0o077));
+    // What is made in the store is as a build makes it; the instance's folder is the user's alone.
+    rustix::process::umask(rustix::fs::Mode::from_raw_mode(0o022));
     rustix::process::chdir("/").context("cannot enter `/`")?;
     let handed: Handed = match channel.receive()? {
         Some(Frame::Json(payload, _)) => parse(&payload)?,
