@@ -41,13 +41,7 @@ const RECORD: &str = "instance.json";
 ///
 /// # Errors
 /// What the shim says; nothing of the instance is left then.
-pub fn start(
-    program: &Path,
-    dir: &Path,
-    instance: &Instance,
-    owned: &Owned,
-    secrets: &BTreeMap<String, Secret>,
-) -> Result<bool> {
+pub fn start(program: &Path, dir: &Path, instance: &Instance, owned: &Owned, secrets: &BTreeMap<String, Secret>) -> Result<bool> {
     if is_held(dir)? {
         return Ok(false);
     }
@@ -89,7 +83,9 @@ pub fn list(instances: &Path, kind: &str) -> Result<Vec<Seen>> {
     for entry in entries {
         let dir = entry?.path();
         let instance: Instance = match fs_err::read(dir.join(RECORD)) {
-            Ok(bytes) => serde_json::from_slice(&bytes).with_context(|| format!("`{}` has a broken instance.json", dir.display()))?,
+            Ok(bytes) => {
+                serde_json::from_slice(&bytes).with_context(|| format!("`{}` has a broken instance.json", dir.display()))?
+            }
             Err(error) if matches!(error.kind(), std::io::ErrorKind::NotFound | std::io::ErrorKind::NotADirectory) => continue,
             Err(error) => return Err(error.into()),
         };
@@ -109,8 +105,7 @@ pub fn list(instances: &Path, kind: &str) -> Result<Vec<Seen>> {
 
 /// How the instance in `dir` is, and whether its shim lives.
 fn state(dir: &Path) -> Result<(State, bool)> {
-    let last: Option<State> =
-        fs_err::read(dir.join("status.json")).ok().and_then(|bytes| serde_json::from_slice(&bytes).ok());
+    let last: Option<State> = fs_err::read(dir.join("status.json")).ok().and_then(|bytes| serde_json::from_slice(&bytes).ok());
     let last = last.unwrap_or(State { status: Running::Starting, restarts: 0, memory: None, last: None, notes: Vec::new() });
     if is_held(dir)? {
         return Ok(match ask(dir, &Request::Status, ANSWER) {
@@ -292,8 +287,8 @@ impl Drop for Passing {
 
 fn pass_signals(channel: &Channel, terminal: bool) -> Result<Passing> {
     use signal_hook::consts::{SIGHUP, SIGINT, SIGQUIT, SIGTERM, SIGWINCH};
-    let mut signals = signal_hook::iterator::Signals::new([SIGINT, SIGTERM, SIGHUP, SIGQUIT, SIGWINCH])
-        .context("cannot watch for signals")?;
+    let mut signals =
+        signal_hook::iterator::Signals::new([SIGINT, SIGTERM, SIGHUP, SIGQUIT, SIGWINCH]).context("cannot watch for signals")?;
     let handle = signals.handle();
     let channel = Channel(channel.0.try_clone()?);
     std::thread::spawn(move || {

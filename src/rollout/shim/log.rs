@@ -106,13 +106,7 @@ impl Log {
 
 /// Gives the last `lines` lines in `dir` to `sink`, then with `follow` what comes, until `sink` answers false or
 /// `alive` does and everything was read. `sink` gets an empty chunk at least every second.
-pub fn read(
-    dir: &Path,
-    lines: usize,
-    follow: bool,
-    alive: &dyn Fn() -> bool,
-    sink: &mut dyn FnMut(&[u8]) -> bool,
-) -> Result<()> {
+pub fn read(dir: &Path, lines: usize, follow: bool, alive: &dyn Fn() -> bool, sink: &mut dyn FnMut(&[u8]) -> bool) -> Result<()> {
     let mut file = open(dir)?;
     let mut last: VecDeque<Vec<u8>> = VecDeque::new();
     let before = tail(&dir.join("log.1"), lines)?;
@@ -303,6 +297,9 @@ mod tests {
         log.write(b"lost too\n");
         fs_err::remove_file(dir.path().join("log")).unwrap();
         log.write(b"kept\n");
-        assert_eq!(lines(dir.path(), 9), "\npipeline: 14 bytes of output are lost: No space left on device (os error 28)\nkept\n");
+        assert_eq!(
+            lines(dir.path(), 9),
+            "\npipeline: 14 bytes of output are lost: No space left on device (os error 28)\nkept\n"
+        );
     }
 }

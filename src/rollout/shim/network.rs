@@ -159,9 +159,6 @@ mod tests {
     fn nothing_installed_is_told() {
         let told = open(1, OsStr::new("/nonexistent"));
         // cmd::find looks into /usr/sbin and /sbin too, where neither is.
-        assert_eq!(
-            told.unwrap_err(),
-            "no way out to the network: slirp4netns is not installed; pasta is not installed"
-        );
+        assert_eq!(told.unwrap_err(), "no way out to the network: slirp4netns is not installed; pasta is not installed");
     }
 }

@@ -73,7 +73,8 @@ impl Program {
     /// The unshare process with its network; a new one when there is none.
     fn open(&mut self) -> Result<Option<String>> {
         if self.session.is_none() {
-            let options = sandbox::Options { program: "/proc/self/exe".into(), own_network: true, interactive: false, fault: None };
+            let options =
+                sandbox::Options { program: "/proc/self/exe".into(), own_network: true, interactive: false, fault: None };
             let session = Session::start(&options).context("this machine does not let pipeline make its sandbox")?;
             self.way = None;
             self.session = Some(session);
@@ -118,7 +119,8 @@ impl Program {
 
     /// Makes a folder with what the image has at `path`.
     fn fill(&self, lowers: &[PathBuf], dir: &Path, path: &str) -> Result<()> {
-        let args = Volume { dir: dir.into(), lowers: lowers.to_vec(), path: path.into(), user: self.image.user.clone() };
+        let args =
+            Volume { dir: dir.into(), lowers: lowers.to_vec(), path: path.into(), user: self.image.user.clone(), give: true };
         self.session()?.call("volume", &args)
     }
 
@@ -336,7 +338,8 @@ impl Own for Program {
         } else {
             // It did not end even when it was killed: end everything around it, and remove from outside.
             self.lost();
-            let options = sandbox::Options { program: "/proc/self/exe".into(), own_network: false, interactive: false, fault: None };
+            let options =
+                sandbox::Options { program: "/proc/self/exe".into(), own_network: false, interactive: false, fault: None };
             Session::start(&options)?.call::<_, ()>("remove", &self.work)?;
         }
         self.lost();
