@@ -17,6 +17,7 @@ mod environment;
 mod explain;
 mod hold;
 mod init;
+mod instance;
 mod ledger;
 mod meta;
 mod plan;
@@ -161,6 +162,9 @@ enum Verb {
     /// Pack a folder as a layer (for the benchmarks)
     #[command(name = "__pack", hide = true)]
     Pack(meta::PackArgs),
+    /// Drive one instance of the local target (for the tests)
+    #[command(name = "__instance", hide = true, subcommand)]
+    Instance(instance::Verb),
 }
 
 /// Runs the program.
@@ -236,5 +240,6 @@ fn dispatch(cli: Cli) -> Result<u8> {
         Verb::Completions(args) => meta::completions(&args),
         Verb::Man => meta::man(),
         Verb::Pack(args) => meta::pack(&args),
+        Verb::Instance(verb) => instance::run(&global, verb),
     }
 }

@@ -4,7 +4,7 @@
 //! namespace behind which it speaks for this machine. Nothing gets in this way; this machine's own
 //! loopback is not reached either.
 
-use std::ffi::{OsStr, OsString};
+use std::ffi::OsStr;
 use std::os::fd::OwnedFd;
 use std::path::{Path, PathBuf};
 use std::process::{Child, Stdio};
@@ -157,11 +157,8 @@ mod tests {
 
     #[test]
     fn nothing_installed_is_told() {
-        let told = open(1, &OsString::from("/nonexistent"));
+        let told = open(1, OsStr::new("/nonexistent"));
         // cmd::find looks into /usr/sbin and /sbin too, where neither is.
-        assert_eq!(
-            told.unwrap_err(),
-            "no way out to the network: slirp4netns is not installed; pasta is not installed"
-        );
+        assert_eq!(told.unwrap_err(), "no way out to the network: slirp4netns is not installed; pasta is not installed");
     }
 }
