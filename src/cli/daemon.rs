@@ -12,7 +12,7 @@ use anyhow::{Context as _, Result, bail};
 use serde::Serialize;
 use serde::de::DeserializeOwned;
 
-use super::{Global, ui};
+use super::Global;
 use crate::build::host::Host;
 use crate::error::{Kind, Problem};
 use crate::rollout::view::{Do, Maintenance, Order, Overview, Poked, Refusal, View};
@@ -23,8 +23,8 @@ const ANSWER: Duration = Duration::from_secs(30);
 /// Largest line of a stream: a view has a few kilobytes per instance.
 const LINE_MAX: usize = 4 << 20;
 
-/// The socket of the daemon that serves what is kept where `global` says: below `--root`, root's `/run/pipeline`, or in the
-/// user's `XDG_RUNTIME_DIR`.
+/// The socket of the daemon that serves what is kept where `global` says: below `--root`, `/run/pipeline` of root and
+/// the service, or in the user's `XDG_RUNTIME_DIR`.
 ///
 /// # Errors
 /// Nothing says where the user's is.
@@ -32,7 +32,7 @@ pub fn socket(global: &Global, host: &Host) -> Result<PathBuf> {
     if let Some(root) = &global.root {
         return Ok(std::path::absolute(root)?.join("run/sock"));
     }
-    if rustix::process::geteuid().is_root() {
+    if super::ui::is_system(host) {
         return Ok("/run/pipeline/sock".into());
     }
     match host.variables.get("XDG_RUNTIME_DIR").filter(|dir| Path::new(dir).is_absolute()) {
@@ -325,13 +325,6 @@ impl Views {
         }
         Ok(())
     }
-}
-
-/// The daemon of what `global` names, with what else a verb needs.
-pub fn open(global: &Global) -> Result<(ui::Surroundings, Daemon)> {
-    let around = ui::Surroundings::new(global)?;
-    let daemon = Daemon::of(global, &around.host)?;
-    Ok((around, daemon))
 }
 
 #[cfg(test)]
