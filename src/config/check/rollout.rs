@@ -58,7 +58,10 @@ impl Checker<'_> {
 
     /// A stand-in where no kind, or several, are written.
     fn target(&mut self, written: file::Target, place: &Place<'_>, makes: Makes) -> Target {
-        let kinds: Vec<&str> = Target::KINDS.into_iter().filter(|kind| place.key(kind).is_there()).collect();
+        // `local:` without settings is one too.
+        let empty = empty_keys(place);
+        let is_there = |kind: &&str| place.key(kind).is_there() || empty.iter().any(|key| key == kind);
+        let kinds: Vec<&str> = Target::KINDS.into_iter().filter(is_there).collect();
         let kind = match kinds.as_slice() {
             [kind] => *kind,
             [] => {
