@@ -11,6 +11,7 @@ use serde_json::json;
 use super::desk::Office;
 use super::promote::{self, Reasons};
 use super::{Global, report, ui};
+use crate::config::check::rollout;
 use crate::config::types::{SecretRef, Upstream};
 use crate::error::Problem;
 use crate::progress::Progress as _;
@@ -157,6 +158,9 @@ fn apply(global: &Global, pipeline: Option<&str>, reason: &str, dry_run: bool) -
     let applied = office.sit(|desk| desk.apply(&wanted, reason, dry_run))?;
     if applied.first && !dry_run {
         office.around.progress.note(format!("the first policy of `{}` is trusted as it is", applied.pipeline));
+    }
+    for warning in applied.warnings.iter().cloned().chain(rollout::warnings(&file)) {
+        office.around.progress.warn(warning);
     }
     office.say_unchecked(!wanted.people.is_empty());
     ui::answer(global, &json!({"schema": 1, "applied": applied}), || applied_text(&applied))?;

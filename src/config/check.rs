@@ -52,17 +52,18 @@ pub fn check(
     let build = checker.build(written.build.unwrap_or_default(), &root.key("build"), is_scratch);
     let configure = checker.configure(&written.configure, &root.key("configure"));
     let image = checker.image(written.image.unwrap_or_default(), &root.key("image"));
+    let image_made =
+        runtime.builder != BuilderRef::None || !runtime.packages.is_empty() || !configure.is_empty() || !image.command.is_empty();
     let host = written.host.map(|written| {
         host::fits(checker.findings, root, is_scratch, matches!(runtime.builder, BuilderRef::Image(_)));
-        let has_image = runtime.builder != BuilderRef::None
-            || !runtime.packages.is_empty()
-            || !configure.is_empty()
-            || !image.command.is_empty();
-        checker.host(written, &root.key("host"), name.as_ref(), has_image)
+        checker.host(written, &root.key("host"), name.as_ref(), image_made)
     });
     let (environments, people) = (written.environments, written.people);
     let releases = release::Written { environments, people, ledger: written.ledger, registry: written.registry };
-    let releases = checker.releases(releases, root, name.as_ref(), host.is_some());
+    let has_image = host.is_none() || image_made;
+    let makes = rollout::Makes { image: has_image, disk: host.is_some() };
+    let around = release::Around { name: name.as_ref(), makes, volumes: &image.volumes };
+    let releases = checker.releases(releases, root, &around);
     if !checker.findings.is_empty() {
         return None;
     }
@@ -118,6 +119,7 @@ pub(crate) fn suite(findings: &mut Findings, text: &str, place: &Place<'_>) -> O
 
 pub mod host;
 pub mod release;
+pub mod rollout;
 
 struct Checker<'c> {
     dir: &'c Path,
@@ -458,17 +460,21 @@ impl Checker<'_> {
         }
     }
 
+    fn url_path(&mut self, path: &str, place: &Place<'_>) {
+        if !path.starts_with('/') || path.contains(|c: char| c.is_whitespace() || c.is_control()) {
+            let hint = Some("it begins with `/`, like `/healthz`".into());
+            self.findings.add(place, format!("`{path}` is not a path of a URL"), hint);
+        }
+    }
+
     /// `image` is the place of the image, for the port.
     fn health(&mut self, health: file::Health, image: &Place<'_>) -> Option<Health> {
         let place = image.key("health");
         let deadline = self.duration(health.deadline, &place.key("deadline"), DEADLINE);
         let kind = self.exactly_one(&place, "`health`", &["http", "tcp", "command"]);
         self.must_be_true(&place, "tcp", health.tcp);
-        if let Some(path) = &health.http
-            && (!path.starts_with('/') || path.contains(|c: char| c.is_whitespace() || c.is_control()))
-        {
-            let hint = Some("it begins with `/`, like `/healthz`".into());
-            self.findings.add(&place.key("http"), format!("`{path}` is not a path of a URL"), hint);
+        if let Some(path) = &health.http {
+            self.url_path(path, &place.key("http"));
         }
         if let Some(kind @ ("http" | "tcp")) = kind
             && !image.key("port").is_there()

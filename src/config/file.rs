@@ -10,12 +10,16 @@ use serde::Deserialize;
 
 mod host;
 mod release;
+mod rollout;
 
 pub use host::{App, AppSettings, Disk, Firewall, Firmware, Format, Group, Host, HostFile, Initrd, Kernel, KernelFiles, Restart};
 pub use host::{Units, User};
 pub use release::{
     Approve, ApproveRule, Budget, Command, Environment, Gate, Http, Ledger, LedgerSettings, OneOrMany, Person, Provenance,
-    Report, Sbom, SbomDeny, SecretPlace, SecretRef, Signed, SignedKeys, Upstream, UpstreamRule, Volume, Window,
+    Report, Sbom, SbomDeny, SecretPlace, SecretRef, Signed, SignedKeys, Upstream, UpstreamRule, Window,
+};
+pub use rollout::{
+    Docker, Local, Redirect, RedirectRule, Rollout, RolloutCheck, Route, Target, Vm, VmCommand, VolumeForm, VolumeRule, Watch,
 };
 
 /// A pipeline: what is built, from what, and how.

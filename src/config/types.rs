@@ -15,11 +15,16 @@ pub use host::{
 pub use host::{Units, User};
 pub use release::{
     Approve, Budget, Check, Command, Environment, Gate, Http, Ledger, Person, Provenance, Releases, Report, Sbom, SbomDeny,
-    Seconds, SecretRef, Signed, Upstream, VmTestFile, Volume, Window, Yes, role,
+    Seconds, SecretRef, Signed, Upstream, VmTestFile, Window, Yes, role,
+};
+pub use rollout::{
+    Ask, Docker, Local, OnFailure, REDIRECT, Redirect, RolloutCheck, RolloutSettings, Route, Target, VM_MEMORY, Vm, VmCommand,
+    Volume, VolumeSpec, Watch,
 };
 
 mod host;
 mod release;
+mod rollout;
 
 /// Name of a pipeline and its image: `[a-z0-9]` and inner `.`, `_`, `-` (an OCI repository component).
 #[derive(Debug, Clone, PartialEq, Eq, PartialOrd, Ord, Hash, Serialize)]

@@ -10,6 +10,7 @@ use anyhow::{Context as _, Result, bail};
 use jiff::Timestamp;
 use serde::Serialize;
 
+use super::claims;
 use super::decision::{Decision, Frozen, Kind, Refused, Status};
 use super::gate::Evidence;
 use super::ledger::place::{FROZEN_FILE, Place};
@@ -87,6 +88,8 @@ pub struct Applied {
     /// Whether there was no policy before: it is trusted as it is.
     pub first: bool,
     pub differences: Vec<Difference>,
+    /// What is worth knowing, one text each.
+    pub warnings: Vec<String>,
     pub commit: Option<String>,
 }
 
@@ -143,7 +146,8 @@ impl Desk<'_> {
     /// Makes the environments of a pipeline file the ledger's; `wanted` is what the file says.
     pub fn apply(&self, wanted: &Policy, reason: &str, dry_run: bool) -> Result<Applied> {
         self.sync(false)?;
-        let mut applied = Applied { pipeline: wanted.pipeline.clone(), first: false, differences: Vec::new(), commit: None };
+        let pipeline = wanted.pipeline.clone();
+        let mut applied = Applied { pipeline, first: false, differences: Vec::new(), warnings: Vec::new(), commit: None };
         self.again(|| {
             let snapshot = self.ledger.snapshot()?;
             let before = load(&snapshot, &wanted.pipeline)?;
@@ -155,6 +159,7 @@ impl Desk<'_> {
             applied.differences = policy::difference(before.as_ref().map_or(&empty, |before| &before.policy), wanted);
             let after =
                 wanted.clone().after(before.as_ref().map(|before| &before.policy), &decision, signed).map_err(Problem::from)?;
+            applied.warnings = claims::check(wanted, &others(&snapshot, &wanted.pipeline)?)?;
             if dry_run {
                 return Ok(None);
             }
@@ -416,6 +421,17 @@ pub fn load(snapshot: &Snapshot, pipeline: &str) -> Result<Option<Loaded>> {
         }
     }
     Ok(Some(Loaded { tip: snapshot.id(), policy, states, frozen: frozen(snapshot)? }))
+}
+
+/// The policies of all pipelines but `pipeline`.
+fn others(snapshot: &Snapshot, pipeline: &str) -> Result<Vec<Policy>> {
+    let mut others = Vec::new();
+    for name in snapshot.pipelines()?.into_iter().filter(|name| name != pipeline) {
+        if let Some(bytes) = snapshot.read(&policy_path(&name))? {
+            others.push(Policy::parse(&bytes)?);
+        }
+    }
+    Ok(others)
 }
 
 /// The emergency stops of a snapshot.

@@ -540,7 +540,7 @@ fn open(text: &str) -> Result<Open, Wrong> {
     }
 }
 
-fn percent(cpus: f64) -> Result<u32, Wrong> {
+pub(super) fn percent(cpus: f64) -> Result<u32, Wrong> {
     if (0.01..=1024.0).contains(&cpus) {
         return Ok((cpus * 100.0).round() as u32);
     }

@@ -5,8 +5,7 @@ mod people;
 
 use std::collections::{BTreeMap, BTreeSet};
 
-use serde_json::Value;
-
+use super::rollout::Makes;
 use super::{Checker, variables};
 use crate::config::diagnostic::{quoted, suggestion};
 use crate::config::file;
@@ -16,8 +15,6 @@ use crate::config::yaml::{Content, Place};
 
 /// Releases of an environment that `prune` keeps when nothing is written.
 pub const KEEP: u32 = 10;
-/// The kinds of target there are or will be; their settings are not looked at here.
-const TARGETS: [&str; 5] = ["local", "docker", "vm", "swarm", "kubernetes"];
 /// Names of files at the top of a ledger, which a pipeline's policy would have too.
 const LEDGER_FILES: [&str; 2] = ["ledger", "frozen"];
 /// What gates cannot be called: a freeze and a hold are checked before all gates.
@@ -31,15 +28,24 @@ pub(super) struct Written {
     pub registry: Option<String>,
 }
 
+/// What the rest of the file says that environments are measured against.
+pub(super) struct Around<'a> {
+    /// The pipeline's name.
+    pub name: Option<&'a Name>,
+    pub makes: Makes,
+    /// The image's volumes.
+    pub volumes: &'a [String],
+}
+
 impl Checker<'_> {
-    /// `root` is the place of the document, `name` the pipeline's; `has_disk` whether it makes a machine.
-    pub(super) fn releases(&mut self, mut written: Written, root: &Place<'_>, name: Option<&Name>, has_disk: bool) -> Releases {
+    /// `root` is the place of the document.
+    pub(super) fn releases(&mut self, mut written: Written, root: &Place<'_>, around: &Around<'_>) -> Releases {
         let place = root.key("environments");
         for key in empty_keys(&place) {
             // A mapping without a value is an environment with nothing said about it.
             written.environments.entry(key).or_default();
         }
-        if let Some(name) = name.filter(|name| LEDGER_FILES.contains(&name.as_str()) && !written.environments.is_empty()) {
+        if let Some(name) = around.name.filter(|name| LEDGER_FILES.contains(&name.as_str()) && !written.environments.is_empty()) {
             let hint = Some(format!("like `{name}-app`"));
             self.findings.add(&root.key("name"), format!("a pipeline with environments cannot be called `{name}`"), hint);
         }
@@ -49,11 +55,12 @@ impl Checker<'_> {
         let mut environments = BTreeMap::new();
         for (name, environment) in written.environments {
             self.environment_name(&name, &place);
-            let checked = self.environment(&name, environment, &place.key(&name), &names, has_disk);
+            let checked = self.environment(&name, environment, &place.key(&name), &names, around);
             self.approvals(&checked, &people, &place.key(&name).key("gates"));
             environments.insert(name, checked);
         }
         self.cycles(&environments, &place);
+        self.clashes(&environments, &place);
         let ledger = written.ledger.map(|ledger| self.ledger(ledger, &root.key("ledger"))).unwrap_or_default();
         if let Some(registry) = &written.registry {
             self.registry(registry, &root.key("registry"));
@@ -61,7 +68,7 @@ impl Checker<'_> {
         Releases { environments, people, ledger, registry: written.registry }
     }
 
-    fn environment_name(&mut self, name: &str, place: &Place<'_>) {
+    pub(super) fn environment_name(&mut self, name: &str, place: &Place<'_>) {
         let plain = |c: char| c.is_ascii_lowercase() || c.is_ascii_digit() || c == '-';
         let edge = |c: Option<char>| c.is_some_and(|c| c.is_ascii_alphanumeric());
         let valid = name.chars().all(plain) && edge(name.chars().next()) && edge(name.chars().last()) && name.len() <= 63;
@@ -77,10 +84,10 @@ impl Checker<'_> {
         written: file::Environment,
         place: &Place<'_>,
         names: &[String],
-        has_disk: bool,
+        around: &Around<'_>,
     ) -> Environment {
         let from = self.upstream(name, written.from, &place.key("from"), names);
-        let gates = self.gates(written.gates, &place.key("gates"), &from, has_disk);
+        let gates = self.gates(written.gates, &place.key("gates"), &from, around.makes.disk);
         variables(self.findings, &written.config, &place.key("config"));
         for (key, value) in &written.config {
             if value.contains("PRIVATE KEY-----") {
@@ -89,15 +96,15 @@ impl Checker<'_> {
             }
         }
         let secrets = self.references(written.secrets, &place.key("secrets"), &written.config);
-        let targets = self.targets(written.target, written.targets, place);
-        let volumes = self.volume_names(written.volumes, place, targets.is_empty());
-        let routes: Vec<Value> = written.routes.into_iter().map(|route| Value::Object(route.into_iter().collect())).collect();
-        if targets.is_empty() && !routes.is_empty() {
-            let hint = Some("say where it runs: `target: { local: {} }`".into());
-            self.findings.add(&place.label("routes"), format!("nothing of `{name}` runs, so no request can reach it"), hint);
-        }
+        let targets = self.targets(written.target, written.targets, place, around.makes);
+        let volumes = self.environment_volumes(written.volumes, place, &targets, around.volumes);
+        let routes = self.routes(written.routes, name, place, targets.is_empty());
+        let rollout = self.rollout(written.rollout, place, targets.is_empty());
+        let together = written.together;
+        self.together(together.as_ref(), place, targets.is_empty());
         let (automatic, keep) = (written.automatic.unwrap_or(false), written.keep.unwrap_or(KEEP));
-        Environment { from, automatic, gates, config: written.config, secrets, targets, routes, volumes, keep }
+        let config = written.config;
+        Environment { from, automatic, gates, config, secrets, targets, routes, volumes, rollout, together, keep }
     }
 
     fn upstream(&mut self, name: &str, from: Option<file::Upstream>, place: &Place<'_>, names: &[String]) -> Upstream {
@@ -192,62 +199,6 @@ impl Checker<'_> {
         checked
     }
 
-    fn targets(
-        &mut self,
-        one: BTreeMap<String, Value>,
-        many: BTreeMap<String, BTreeMap<String, Value>>,
-        place: &Place<'_>,
-    ) -> BTreeMap<String, Value> {
-        if place.key("target").is_there() && place.key("targets").is_there() {
-            let hint = Some("keep `targets` when there are several".into());
-            self.findings.add(&place.label("targets"), "an environment has `target` or `targets`, not both", hint);
-        }
-        let mut checked = BTreeMap::new();
-        if place.key("target").is_there() {
-            self.target(&one, &place.key("target"));
-            checked.insert("main".to_owned(), Value::Object(one.into_iter().collect()));
-        }
-        for (name, target) in many {
-            let here = place.key("targets").key(&name);
-            self.environment_name(&name, &place.key("targets"));
-            self.target(&target, &here);
-            checked.insert(name, Value::Object(target.into_iter().collect()));
-        }
-        checked
-    }
-
-    fn target(&mut self, target: &BTreeMap<String, Value>, place: &Place<'_>) {
-        let kinds: Vec<&str> = target.keys().map(String::as_str).collect();
-        match kinds.as_slice() {
-            [kind] if TARGETS.contains(kind) => {}
-            [kind] => {
-                let hint = suggestion(kind, &TARGETS, "known are");
-                self.findings.add(&place.label(kind), format!("`{kind}` is not a kind of target"), hint);
-            }
-            [] => self.findings.add_missing(place, format!("a target is one of {}", quoted(TARGETS)), None),
-            [_, second, ..] => {
-                let hint = Some("several are written by name: `targets: { web: { local: {} }, … }`".into());
-                self.findings.add(&place.label(second), "a target is of one kind", hint);
-            }
-        }
-    }
-
-    fn volume_names(
-        &mut self,
-        volumes: BTreeMap<String, file::Volume>,
-        place: &Place<'_>,
-        no_target: bool,
-    ) -> BTreeMap<String, file::Volume> {
-        for name in volumes.keys() {
-            self.note(&place.key("volumes").label(name), syntax::file_name(name));
-        }
-        if no_target && !volumes.is_empty() {
-            let hint = Some("say where it runs: `target: { local: {} }`".into());
-            self.findings.add(&place.label("volumes"), "nothing runs here, so nothing has volumes", hint);
-        }
-        volumes
-    }
-
     fn ledger(&mut self, written: file::Ledger, place: &Place<'_>) -> Ledger {
         let (remote, sign, at) = match written {
             file::Ledger::Remote(remote) => (Some(remote), None, place.clone()),
@@ -281,7 +232,7 @@ fn is_list(place: &Place<'_>) -> bool {
 }
 
 /// Keys of a mapping that have no value.
-fn empty_keys(place: &Place<'_>) -> Vec<String> {
+pub(super) fn empty_keys(place: &Place<'_>) -> Vec<String> {
     match place.node().map(|node| &node.content) {
         Some(Content::Mapping(entries)) => {
             entries.iter().filter(|(_, value)| value.is_null()).filter_map(|(key, _)| key.text().map(str::to_owned)).collect()

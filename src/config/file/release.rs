@@ -3,8 +3,9 @@
 use std::collections::BTreeMap;
 
 use schemars::JsonSchema;
-use serde::{Deserialize, Serialize};
-use serde_json::Value;
+use serde::Deserialize;
+
+use super::{Rollout, Route, Target, VolumeForm};
 
 /// A place a release is promoted to: what comes before it, what it asks of a release, and where that runs.
 #[derive(Debug, Clone, Default, Deserialize, JsonSchema)]
@@ -27,16 +28,22 @@ pub struct Environment {
     pub secrets: BTreeMap<String, SecretRef>,
     /// Where the release runs: `local`, `docker`, `vm` with settings. Without: the environment is a pointer only.
     #[serde(default)]
-    pub target: BTreeMap<String, Value>,
+    pub target: Option<Target>,
     /// Several targets by name, in place of `target`.
     #[serde(default)]
-    pub targets: BTreeMap<String, BTreeMap<String, Value>>,
+    pub targets: BTreeMap<String, Target>,
     /// Requests that reach the release.
     #[serde(default)]
-    pub routes: Vec<BTreeMap<String, Value>>,
+    pub routes: Vec<Route>,
     /// Data that outlives releases, by name.
     #[serde(default)]
-    pub volumes: BTreeMap<String, Volume>,
+    pub volumes: BTreeMap<String, VolumeForm>,
+    /// How one release takes the place of another.
+    #[serde(default)]
+    pub rollout: Option<Rollout>,
+    /// A name that environments of several pipelines share: they switch as one, or not at all.
+    #[serde(default)]
+    pub together: Option<String>,
     /// Releases of this environment that `prune` keeps, the newest ones. Default: 10.
     #[serde(default)]
     #[schemars(range(min = 1, max = 50))]
@@ -86,16 +93,6 @@ pub struct SecretPlace {
     /// `true`: `pipeline secret set` keeps it; nothing is promoted here before it is set.
     #[serde(default)]
     pub stored: Option<bool>,
-}
-
-/// Whether blue and green may hold a volume together.
-#[derive(Debug, Clone, Copy, PartialEq, Eq, Deserialize, Serialize, JsonSchema)]
-#[serde(rename_all = "lowercase")]
-pub enum Volume {
-    /// Both may have it at once.
-    Shared,
-    /// One at a time: the old one stops before the new one starts.
-    Exclusive,
 }
 
 /// A question that is asked before a release may come: exactly one check, and a name when there are two of a kind.

@@ -7,9 +7,8 @@ use std::time::Duration;
 use jiff::SignedDuration;
 use jiff::civil::DateTime;
 use serde::{Deserialize, Serialize};
-use serde_json::Value;
 
-pub use crate::config::file::Volume;
+use super::rollout::{RolloutSettings, Route, Target, VolumeSpec};
 use crate::config::recurrence::{EPOCH, Schedule, timezone};
 use crate::config::syntax::{self, Wrong};
 
@@ -33,10 +32,15 @@ pub struct Environment {
     pub gates: Vec<Gate>,
     pub config: BTreeMap<String, String>,
     pub secrets: BTreeMap<String, SecretRef>,
-    /// By name; a single one is `main`. Each is a mapping of one key, the kind of target. Empty: a pointer only.
-    pub targets: BTreeMap<String, Value>,
-    pub routes: Vec<Value>,
-    pub volumes: BTreeMap<String, Volume>,
+    /// By name; a single one is `main`. Empty: a pointer only.
+    pub targets: BTreeMap<String, Target>,
+    pub routes: Vec<Route>,
+    pub volumes: BTreeMap<String, VolumeSpec>,
+    #[serde(skip_serializing_if = "RolloutSettings::is_default")]
+    pub rollout: RolloutSettings,
+    /// The group of environments, of any pipeline, that switch as one.
+    #[serde(skip_serializing_if = "Option::is_none")]
+    pub together: Option<String>,
     /// Releases that `prune` keeps.
     pub keep: u32,
 }
@@ -160,7 +164,7 @@ impl From<Yes> for bool {
     }
 }
 
-/// A duration in seconds, written like `90s`, `30m` or `1h30m`.
+/// A duration in seconds, written like `90s`, `30m` or `1h30m`; `0s` is none.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, PartialOrd, Ord, Serialize, Deserialize)]
 #[serde(try_from = "String", into = "String")]
 pub struct Seconds(pub u64);
@@ -191,6 +195,9 @@ impl TryFrom<String> for Seconds {
     type Error = String;
 
     fn try_from(text: String) -> Result<Self, String> {
+        if text == "0s" {
+            return Ok(Self(0));
+        }
         syntax::duration(&text).map(|duration| Self(duration.as_secs())).map_err(|wrong| wrong.message)
     }
 }
