@@ -8,6 +8,7 @@ pub mod cli;
 pub mod bake;
 pub mod build;
 pub mod release;
+pub mod rollout;
 pub mod vm;
 // 2 · nouns of the field
 pub mod artifact;

@@ -15,6 +15,11 @@ use crate::oci::compress::Compression;
 use crate::oci::digest::Digest;
 use crate::oci::flatten::Blob;
 
+/// Label with the health check, for `run` and targets: `{"check": {"http": "/healthz"}, "deadline": …}`.
+pub const HEALTH_LABEL: &str = "io.pipeline.health";
+/// `PATH` of a program whose image names none.
+pub const PATH: &str = "/usr/local/sbin:/usr/local/bin:/usr/sbin:/usr/bin:/sbin:/bin";
+
 pub const CONFIG_TYPE: &str = "application/vnd.oci.image.config.v1+json";
 
 /// One layer of an image.
@@ -67,6 +72,47 @@ impl RunConfig {
             .map(|pair| pair.split_once('=').map_or((pair.clone(), String::new()), |(key, value)| (key.into(), value.into())))
             .collect()
     }
+
+    /// What is started: the image's command or `command` in its place, with `more` variables.
+    ///
+    /// # Errors
+    /// Neither the image nor the caller says a command.
+    pub fn program(&self, command: &[String], more: &[(String, String)]) -> Result<Program> {
+        let mut argv = self.entrypoint.clone().unwrap_or_default();
+        argv.extend(if command.is_empty() { self.cmd.clone().unwrap_or_default() } else { command.to_vec() });
+        if argv.is_empty() {
+            return Err(Problem::failed("the image says no command")
+                .hint("give one after `--`, or set `image.command`")
+                .into());
+        }
+        let mut env = self.variables();
+        if !env.iter().any(|(name, _)| name == "PATH") {
+            env.push(("PATH".into(), PATH.into()));
+        }
+        for (name, value) in more {
+            env.retain(|(known, _)| known != name);
+            env.push((name.clone(), value.clone()));
+        }
+        let cwd = if self.working_dir.is_empty() { "/".into() } else { self.working_dir.clone() };
+        Ok(Program { argv, env, cwd, user: self.user.clone() })
+    }
+
+    /// Absolute paths of the folders that are no part of the image's tree.
+    pub fn volume_paths(&self) -> impl Iterator<Item = &str> {
+        self.volumes.iter().flat_map(|volumes| volumes.keys()).map(String::as_str)
+    }
+}
+
+/// What is started of an image, and as whom.
+#[derive(Debug, Clone, PartialEq, Eq)]
+pub struct Program {
+    /// Never empty.
+    pub argv: Vec<String>,
+    pub env: Vec<(String, String)>,
+    /// Absolute.
+    pub cwd: String,
+    /// As in the image's configuration; empty: root.
+    pub user: String,
 }
 
 /// An image configuration, as far as this program reads it.

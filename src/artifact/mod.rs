@@ -12,6 +12,7 @@ pub mod remote;
 pub mod sbom;
 pub mod sign;
 pub mod store;
+pub mod tree;
 pub mod version;
 
 /// What an artifact is: `image`, `host`, `disk`, or the type its manifest names (DESIGN, section 7,

@@ -12,11 +12,10 @@ use super::Prepared;
 use super::plan::{Action, Part, Step};
 use super::record::StepRecord;
 use super::steps::PATH;
+pub use crate::artifact::image::HEALTH_LABEL;
 use crate::artifact::image::{Layer, Recipe, RunConfig, timestamp};
 use crate::config::types::{HealthCheck, Source};
 
-/// Label with the health check, for `run` and later targets: `{"http": "/healthz"}`.
-pub const HEALTH_LABEL: &str = "io.pipeline.health";
 /// Label and annotation that tell a host image from an application's: `host`.
 pub const KIND: &str = "io.pipeline.kind";
 /// Characters of a commit message in a label, as source-to-image cuts it.

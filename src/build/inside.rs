@@ -14,26 +14,12 @@ use serde_json::Value;
 
 use super::debian::normalise::Origin;
 use super::{debian, secret};
+use crate::artifact::tree;
 use crate::cmd::{self, Cmd};
 use crate::error::Problem;
 use crate::fault;
 use crate::oci::compress::{Compression, LayerWriter, Written};
-use crate::oci::digest::{Digest, Hasher};
 use crate::oci::layer::{self, Inspect, PackOptions, Packed};
-use crate::oci::unpack::{Unpacked, unpack};
-
-/// Unpack a layer blob into an empty folder.
-#[derive(Debug, Serialize, Deserialize)]
-pub struct Unpack {
-    pub blob: PathBuf,
-    /// Expected digest of the blob, when it has one.
-    pub digest: Option<Digest>,
-    /// Expected digest of the plain tar, when it has one.
-    pub diff_id: Option<Digest>,
-    /// `None`: by the first bytes.
-    pub compression: Option<Compression>,
-    pub to: PathBuf,
-}
 
 /// Pack a folder into a file that is there.
 #[derive(Serialize, Deserialize)]
@@ -96,19 +82,6 @@ pub struct Copy {
     pub owner: (u32, u32),
 }
 
-/// A fresh volume, with what the image has at its path.
-#[derive(Debug, Serialize, Deserialize)]
-pub struct Volume {
-    /// Made by this.
-    pub dir: PathBuf,
-    /// Layers, bottom first.
-    pub lowers: Vec<PathBuf>,
-    /// Absolute path in the image.
-    pub path: PathBuf,
-    /// As in the image's configuration; the volume is theirs when the image has nothing there.
-    pub user: String,
-}
-
 /// Dispatches a call.
 pub fn call(name: &str, args: Value, note: &dyn Fn(&str)) -> Result<Value> {
     fn parse<T: serde::de::DeserializeOwned>(args: Value) -> Result<T> {
@@ -118,66 +91,13 @@ pub fn call(name: &str, args: Value, note: &dyn Fn(&str)) -> Result<Value> {
         Ok(serde_json::to_value(value)?)
     }
     match name {
-        "unpack" => answer(unpack_blob(&parse(args)?)?),
         "pack" => answer(pack(&parse(args)?)?),
         "exec" => answer(exec(&parse(args)?, note)?),
         "seed" => answer(seed(&parse(args)?)?),
         "read" => answer(read(&parse(args)?)?),
         "copy" => answer(copy(&parse(args)?)?),
-        "volume" => answer(volume(&parse(args)?)?),
-        "remove" => answer(remove(&parse::<PathBuf>(args)?)?),
         "size" => answer(size(&parse::<PathBuf>(args)?)?),
-        other => Err(Problem::bug(format!("the unshare process has no function `{other}`")).into()),
-    }
-}
-
-fn unpack_blob(args: &Unpack) -> Result<Unpacked> {
-    let file = fs_err::File::open(&args.blob)?;
-    let mut blob = Digesting { inner: BufReader::with_capacity(256 << 10, file), hasher: Hasher::new() };
-    let compression = match args.compression {
-        Some(compression) => compression,
-        None => Compression::of_magic(std::io::BufRead::fill_buf(&mut blob.inner)?),
-    };
-    fs_err::create_dir_all(&args.to)?;
-    fs_err::set_permissions(&args.to, std::fs::Permissions::from_mode(0o755))?;
-    fault::point("unpack a layer");
-    let result = {
-        let mut plain =
-            Digesting { inner: compression.reader(BufReader::with_capacity(256 << 10, &mut blob))?, hasher: Hasher::new() };
-        let result = unpack(&mut plain, &args.to);
-        // What follows the end of the archive belongs to the digests too.
-        if result.is_ok() {
-            std::io::copy(&mut plain, &mut std::io::sink()).context("cannot read the rest of the archive")?;
-        }
-        result.map(|unpacked| (unpacked, plain.hasher.finish()))
-    };
-    // A corrupt blob shows in all kinds of ways: name it as what it is.
-    std::io::copy(&mut blob, &mut std::io::sink()).with_context(|| format!("cannot read `{}`", args.blob.display()))?;
-    let found = blob.hasher.finish();
-    if let Some(expected) = args.digest.filter(|expected| *expected != found) {
-        return Err(Problem::failed(format!("blob {expected} is corrupt: its bytes have the digest {found}"))
-            .hint("build or pull it again; it is replaced then")
-            .into());
-    }
-    let (unpacked, plain) = result?;
-    if let Some(expected) = args.diff_id.filter(|expected| *expected != plain) {
-        return Err(
-            Problem::failed(format!("layer {} unpacks to {plain}, and its image says {expected}", args.blob.display())).into()
-        );
-    }
-    Ok(unpacked)
-}
-
-struct Digesting<R> {
-    inner: R,
-    hasher: Hasher,
-}
-
-impl<R: std::io::Read> std::io::Read for Digesting<R> {
-    fn read(&mut self, buffer: &mut [u8]) -> std::io::Result<usize> {
-        let read = self.inner.read(buffer)?;
-        self.hasher.update(&buffer[..read]);
-        Ok(read)
+        other => tree::call(other, args),
     }
 }
 
@@ -286,16 +206,6 @@ fn read(args: &Read) -> Result<Option<Vec<u8>>> {
     Ok(None)
 }
 
-/// Removes a folder whatever the owners and modes in it; one that is not there is fine.
-fn remove(path: &Path) -> Result<()> {
-    fault::point("remove a folder");
-    // overlayfs leaves its work folder with mode 000, which root of the namespace may enter.
-    match fs_err::remove_dir_all(path) {
-        Err(error) if error.kind() == std::io::ErrorKind::NotFound => Ok(()),
-        result => Ok(result?),
-    }
-}
-
 fn copy(args: &Copy) -> Result<()> {
     let meta = fs_err::symlink_metadata(&args.from)?;
     if meta.is_dir() {
@@ -314,42 +224,6 @@ fn copy(args: &Copy) -> Result<()> {
     if !meta.is_symlink() {
         fs_err::set_permissions(&args.to, meta.permissions())?;
         layer::set_mtime(&args.to, meta.mtime())?;
-    }
-    Ok(())
-}
-
-fn volume(args: &Volume) -> Result<()> {
-    let relative = args.path.strip_prefix("/").unwrap_or(&args.path);
-    fs_err::create_dir(&args.dir)?;
-    fs_err::set_permissions(&args.dir, std::fs::Permissions::from_mode(0o755))?;
-    let in_image: Vec<PathBuf> = args
-        .lowers
-        .iter()
-        .map(|lower| lower.join(relative))
-        .filter(|path| path.symlink_metadata().is_ok_and(|meta| meta.is_dir()))
-        .collect();
-    let Some(top) = in_image.last() else {
-        let (uid, gid) = crate::sandbox::launch::ids(&args.user, &args.lowers)?;
-        return Ok(fs_err::os::unix::fs::chown(&args.dir, Some(uid), Some(gid))?);
-    };
-    let meta = fs_err::metadata(top)?;
-    fs_err::os::unix::fs::chown(&args.dir, Some(meta.uid()), Some(meta.gid()))?;
-    fs_err::set_permissions(&args.dir, meta.permissions())?;
-    for lower in &in_image {
-        for entry in fs_err::read_dir(lower)? {
-            let entry = entry?;
-            let from = entry.path();
-            if from.symlink_metadata()?.file_type().is_char_device() {
-                continue;
-            }
-            let status = Cmd::new("cp").args(["-a", "--"]).arg(&from).arg(&args.dir).output()?;
-            anyhow::ensure!(
-                status.status.success(),
-                "cannot copy `{}` into a volume: {}",
-                from.display(),
-                String::from_utf8_lossy(&status.stderr)
-            );
-        }
     }
     Ok(())
 }

@@ -16,10 +16,10 @@ use anyhow::{Context as _, Result};
 use rustix::event::{PollFd, PollFlags, Timespec, poll};
 
 use super::image::HEALTH_LABEL;
-use super::inside::Volume;
 use super::work::{self, Tree, Work};
-use super::{Build, steps};
+use super::Build;
 use crate::artifact::image::{self, RunConfig};
+use crate::artifact::tree::Volume;
 use crate::config::types::HealthCheck;
 use crate::error::Problem;
 use crate::oci::digest::Digest;
@@ -104,14 +104,10 @@ fn spec(
     options: &Options,
 ) -> Result<RunSpec> {
     let lowers: Vec<PathBuf> = trees.iter().map(|tree| tree.root.clone()).collect();
-    let mut argv = config.entrypoint.clone().unwrap_or_default();
-    argv.extend(if options.command.is_empty() { config.cmd.clone().unwrap_or_default() } else { options.command.clone() });
-    if argv.is_empty() {
-        return Err(Problem::failed("the image says no command").hint("give one after `--`, or set `image.command`").into());
-    }
+    let program = config.program(&options.command, &options.env)?;
     let mut mounts = Vec::new();
-    for (index, path) in config.volumes.iter().flat_map(|volumes| volumes.keys()).enumerate() {
-        if options.volumes.iter().any(|(_, target)| target.as_os_str() == path.as_str()) {
+    for (index, path) in config.volume_paths().enumerate() {
+        if options.volumes.iter().any(|(_, target)| target.as_os_str() == path) {
             continue;
         }
         let dir = work.dir().join(format!("volume-{index}"));
@@ -127,14 +123,7 @@ fn spec(
     if options.host_network {
         mounts.extend(super::host::name_service());
     }
-    let mut env = config.variables();
-    if !env.iter().any(|(name, _)| name == "PATH") {
-        env.push(("PATH".into(), steps::PATH.into()));
-    }
-    for (name, value) in &options.env {
-        env.retain(|(known, _)| known != name);
-        env.push((name.clone(), value.clone()));
-    }
+    let mut env = program.env;
     if options.interactive {
         env.extend(build.host.variables.get("TERM").map(|term| ("TERM".to_string(), term.clone())));
     }
@@ -152,10 +141,10 @@ fn spec(
         work: scratch,
         mounts,
         secrets: Vec::new(),
-        argv,
+        argv: program.argv,
         env,
-        cwd: if config.working_dir.is_empty() { "/".into() } else { config.working_dir.clone() },
-        user: config.user.clone(),
+        cwd: program.cwd,
+        user: program.user,
         network: sandbox::Network::Shared,
         limits: sandbox::Limits::default(),
         timeout: None,

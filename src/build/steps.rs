@@ -35,7 +35,7 @@ const LAST_LINES: usize = 30;
 /// Folders of the kernel's and of the moment: never in a layer.
 const MOMENTARY: [&str; 5] = ["dev", "proc", "run", "sys", "tmp"];
 /// Where commands are looked for when nothing says otherwise.
-pub const PATH: &str = "/usr/local/sbin:/usr/local/bin:/usr/sbin:/usr/bin:/sbin:/bin";
+pub const PATH: &str = crate::artifact::image::PATH;
 /// Where a configure step's folder is while it runs.
 const CONFIGURE: &str = "/run/pipeline/configure";
 /// Where the locked packages are while they are installed.

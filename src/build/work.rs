@@ -1,25 +1,15 @@
-//! The work folder of a build, and the trees that steps stand on.
+//! The work folder of a build: `cache/work/PID-N/` with upper directories, overlay folders, scratch.
 //!
-//! ```text
-//! cache/work/PID-N/          one build's work: upper directories, overlay folders, scratch
-//! cache/trees/HEX/root       a layer unpacked, named by its diffID
-//! cache/trees/HEX/boot-id    the boot it was written in
-//! cache/trees/HEX.lock       shared by who uses it; exclusive to make or prune it
-//! ```
-//! A tree is not synced, since its blob is: one that was written before the last boot is unpacked
-//! again. What a killed build left is swept by the next one.
+//! What a killed build left is swept by the next one. The trees that steps stand on are
+//! [`crate::artifact::tree`]'s.
 
 use std::path::{Path, PathBuf};
 
 use anyhow::{Context as _, Result};
 
-use super::inside;
-use crate::artifact::image::Layer;
-use crate::artifact::store::{Hold, Lock, Store, write_cache};
+use crate::artifact::store::Store;
+pub use crate::artifact::tree::{Tree, adopt, tree};
 use crate::error::Problem;
-use crate::fault;
-use crate::oci::compress::Compression;
-use crate::oci::unpack::Unpacked;
 use crate::sandbox::Session;
 
 /// A build's place, kept while its guard lives.
@@ -102,101 +92,4 @@ fn sweep(store: &Store, base: &Path, remover: &dyn Fn(&Path) -> Result<()>) -> R
         }
     }
     Ok(())
-}
-
-/// A tree that stays while this lives.
-#[derive(Debug)]
-pub struct Tree {
-    /// The layer's root.
-    pub root: PathBuf,
-    _lease: Lock,
-}
-
-/// The tree of a layer: from the cache, or unpacked from its blob.
-///
-/// # Errors
-/// A corrupt blob, by its digest.
-pub fn tree(store: &Store, session: &Session, layer: &Layer) -> Result<Tree> {
-    let trees = store.cache("trees");
-    let dir = trees.join(layer.diff_id.hex());
-    let lock_path = trees.join(format!("{}.lock", layer.diff_id.hex()));
-    let boot = boot_id()?;
-    loop {
-        let lease = Lock::wait(&lock_path, Hold::Shared)?;
-        if is_current(&dir, &boot) {
-            return Ok(Tree { root: dir.join("root"), _lease: lease });
-        }
-        drop(lease);
-        let _making = Lock::wait(&lock_path, Hold::Exclusive)?;
-        if is_current(&dir, &boot) {
-            continue;
-        }
-        session.call::<_, ()>("remove", &dir)?;
-        let new = trees.join(format!(".new-{}", layer.diff_id.hex()));
-        session.call::<_, ()>("remove", &new)?;
-        fs_err::create_dir(&new)?;
-        let compression = Compression::of_media_type(&layer.descriptor.media_type).ok_or_else(|| {
-            Problem::failed(format!(
-                "layer {} has the unknown media type `{}`",
-                layer.descriptor.digest, layer.descriptor.media_type
-            ))
-        })?;
-        let args = inside::Unpack {
-            blob: store.blob(&layer.descriptor.digest),
-            digest: Some(layer.descriptor.digest),
-            diff_id: Some(layer.diff_id),
-            compression: Some(compression),
-            to: new.join("root"),
-        };
-        let unpacked: Result<Unpacked> = session.call("unpack", &args);
-        let made = unpacked
-            .with_context(|| format!("cannot unpack layer {}", layer.descriptor.digest.short()))
-            .and_then(|_| finish(&new, &dir, &boot));
-        if let Err(error) = made {
-            session.call::<_, ()>("remove", &new)?;
-            return Err(error);
-        }
-    }
-}
-
-/// Makes the upper directory of a finished step the tree of its layer, so that the next step and
-/// the next build need not unpack it.
-pub fn adopt(store: &Store, session: &Session, diff_id: &crate::oci::digest::Digest, upper: &Path) -> Result<()> {
-    let trees = store.cache("trees");
-    let dir = trees.join(diff_id.hex());
-    let boot = boot_id()?;
-    let _making = Lock::wait(&trees.join(format!("{}.lock", diff_id.hex())), Hold::Exclusive)?;
-    if is_current(&dir, &boot) {
-        return Ok(());
-    }
-    session.call::<_, ()>("remove", &dir)?;
-    let new = trees.join(format!(".new-{}", diff_id.hex()));
-    session.call::<_, ()>("remove", &new)?;
-    fs_err::create_dir(&new)?;
-    fault::point("rename an upper directory");
-    let adopted = match fs_err::rename(upper, new.join("root")) {
-        Ok(()) => finish(&new, &dir, &boot),
-        // The work folder is on another file system: the tree is unpacked when it is needed.
-        Err(error) if error.kind() == std::io::ErrorKind::CrossesDevices => return session.call("remove", &new),
-        Err(error) => Err(error.into()),
-    };
-    adopted.or_else(|error| {
-        session.call::<_, ()>("remove", &new)?;
-        Err(error)
-    })
-}
-
-fn finish(new: &Path, dir: &Path, boot: &str) -> Result<()> {
-    write_cache(&new.join("boot-id"), boot.as_bytes())?;
-    fault::point("rename a tree");
-    Ok(fs_err::rename(new, dir)?)
-}
-
-fn is_current(dir: &Path, boot: &str) -> bool {
-    fs_err::read(dir.join("boot-id")).is_ok_and(|id| id == boot.as_bytes())
-}
-
-/// The kernel's name for this boot (random(4)).
-fn boot_id() -> Result<String> {
-    Ok(fs_err::read_to_string("/proc/sys/kernel/random/boot_id")?.trim().to_string())
 }
