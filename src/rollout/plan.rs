@@ -163,6 +163,8 @@ pub struct Failure {
 /// What the ledger is to be told about a rollout that failed.
 #[derive(Debug, Clone, PartialEq, Serialize, Deserialize)]
 pub struct Verdict {
+    /// Names it: the steady time of the failure.
+    pub at: u64,
     /// The generation that failed.
     pub failed: String,
     /// Its pair: when the ledger wants another one meanwhile, there is nothing to say any more.
@@ -221,8 +223,8 @@ pub struct Seen {
     pub start_errors: BTreeMap<String, (String, u32)>,
     /// By instance: its last lines.
     pub logs: BTreeMap<String, Vec<String>>,
-    /// The ledger has been told this verdict about this generation, or is not to be told any more.
-    pub told: Option<String>,
+    /// The ledger has been told the verdict of this time ([`Verdict::at`]), or is not to be told any more.
+    pub told: Option<u64>,
     /// Generations of which nothing is left.
     pub forgotten: BTreeSet<String>,
     pub peers: Peers,
@@ -378,7 +380,7 @@ impl Environment {
     fn settle(&mut self, look: Look<'_>) -> bool {
         let wanted = look.target().map(|generation| generation.id.as_str());
         if let Some(verdict) = &self.verdict
-            && (look.seen.told.as_deref() == Some(&verdict.failed) || wanted != Some(&verdict.failed))
+            && (look.seen.told == Some(verdict.at) || wanted != Some(&verdict.failed))
         {
             self.verdict = None;
             return true;

@@ -91,7 +91,8 @@ impl Environment {
             };
             let (release, config) = (rollout.release, rollout.config);
             let log = failure.log.clone();
-            self.verdict = Some(Verdict { failed: green.clone(), release, config, kind, reason: reason.clone(), log });
+            let at = look.now.steady;
+            self.verdict = Some(Verdict { at, failed: green.clone(), release, config, kind, reason: reason.clone(), log });
             self.given_up = Some(green.clone());
         }
         let stays = self.live.as_deref() == Some(&green);

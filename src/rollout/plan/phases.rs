@@ -19,7 +19,8 @@ impl Environment {
     /// One transition of the rollout that goes on.
     pub(super) fn rollout_step(&mut self, look: Look<'_>) -> bool {
         let Some(rollout) = self.active() else { return false };
-        if rollout.phase == Phase::RollingBack {
+        let (phase, green) = (rollout.phase, rollout.generation.clone());
+        if phase == Phase::RollingBack {
             return self.back_step(look);
         }
         if look.seen.read_only.is_some() {
@@ -31,10 +32,10 @@ impl Environment {
             return true;
         }
         let wanted = look.target().map(|generation| (generation.id.as_str(), generation.version.as_str()));
-        if let Some((_, version)) = wanted.filter(|(id, _)| *id != rollout.generation) {
+        if let Some((_, version)) = wanted.filter(|(id, _)| *id != green) {
             return self.supersede(look, version);
         }
-        match rollout.phase {
+        match phase {
             Phase::Waiting => self.wait(look),
             Phase::Starting => self.start(look),
             Phase::PreSwitch => self.check(look),

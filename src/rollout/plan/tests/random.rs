@@ -178,7 +178,7 @@ impl Chaos {
                         self.decide(back, true);
                     }
                 }
-                self.seen.told = Some(verdict.failed);
+                self.seen.told = Some(verdict.at);
             }
             Action::Report(status) => self.wanted.health = status,
             Action::Prepare { .. } | Action::Check { .. } => {}
