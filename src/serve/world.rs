@@ -21,7 +21,9 @@ pub trait World: Send + Sync + std::fmt::Debug {
     /// What serves such settings.
     fn target(&self, settings: &config::Target) -> Result<Arc<dyn Target>>;
     fn now(&self) -> Timestamp;
-    /// Brings the ledger up to date and reads it.
+    /// Brings the ledger up to date with its remote, and sends there what was decided here. Nothing without one.
+    fn sync(&self) -> Result<()>;
+    /// Reads the ledger as it is on this machine.
     fn read(&self) -> Result<Reading>;
     /// Writes a verdict into the ledger, unless it is about something that the ledger does not want any more. Answers what
     /// was written, for people.
