@@ -862,9 +862,10 @@ fn a_good_upstream_loses_nothing() {
     assert_eq!(lines.lines().count() as u64, found.versions["v1"].requests, "{found}");
     for line in lines.lines() {
         let words: Vec<_> = line.split(' ').collect();
-        let [sent, answered] = [words[0], words[1]].map(|word| word.parse::<u64>().unwrap());
+        let [sent, answered, accepted] = [words[0], words[1], words[4]].map(|word| word.parse::<u64>().unwrap());
         assert!(found.started <= sent && sent <= answered && answered <= found.ended, "{line}");
-        assert!(words.len() == 4 && words[2] == "v1" && found.kinds.contains_key(words[3]), "{line}");
+        assert!(accepted == 0 && ["ws", "sse"].contains(&words[3]) || sent <= accepted && accepted <= answered, "{line}");
+        assert!(words.len() == 5 && words[2] == "v1" && found.kinds.contains_key(words[3]), "{line}");
     }
     stop.send_replace(true);
     assert_eq!(thread.join().unwrap(), "ExitCode(unix_exit_status(0))");

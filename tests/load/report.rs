@@ -12,6 +12,7 @@ use anyhow::Result;
 use fs_err::File;
 use serde::Serialize;
 
+use super::client::request::By;
 use super::wire::Lost;
 
 /// Losses that are told one by one; all are counted.
@@ -111,12 +112,14 @@ pub struct Latency {
 #[derive(Debug, Serialize)]
 pub struct Version {
     pub requests: u64,
-    /// When the first and the last request that it answered were sent: the last one it accepted is not older.
+    /// When the first and the last request that it answered were sent.
     pub first_sent: u64,
     pub last_sent: u64,
     /// When its first and its last answer were whole.
     pub first_answered: u64,
     pub last_answered: u64,
+    /// When it read the last request, by its own word.
+    pub last_accepted: Option<u64>,
 }
 
 #[derive(Debug, Serialize)]
@@ -136,7 +139,7 @@ pub struct Book {
 }
 
 impl Book {
-    /// An empty one; `answers` is a file for a line per answer: sent, answered, version, kind.
+    /// An empty one; `answers` is a file for a line per answer: sent, answered, version, kind, and when the upstream read the request (or 0).
     pub fn new(answers: Option<&Path>) -> Result<Self> {
         let report = Report {
             format: 1,
@@ -162,9 +165,9 @@ impl Book {
         self.report.kinds.entry(kind.name()).or_default()
     }
 
-    /// Answered as expected by `version`.
-    pub fn good(&mut self, kind: Kind, sent: Instant, version: &str, bytes: u64) {
-        self.answered(kind, sent, version);
+    /// Answered as expected.
+    pub fn good(&mut self, kind: Kind, sent: Instant, by: &By, bytes: u64) {
+        self.answered(kind, sent, &by.version, by.accepted);
         let figures = self.figures(kind);
         figures.requests += 1;
         figures.good += 1;
@@ -185,14 +188,21 @@ impl Book {
     }
 
     /// Notes who answered what was sent then.
-    pub fn answered(&mut self, kind: Kind, sent: Instant, version: &str) {
+    pub fn answered(&mut self, kind: Kind, sent: Instant, version: &str, accepted: Option<u64>) {
         let (sent, now) = (self.at(sent), self.at(Instant::now()));
         if let Some(file) = &mut self.answers {
             // A full disk is told when the file is closed.
-            let _ = writeln!(file, "{sent} {now} {version} {}", kind.name());
+            let _ = writeln!(file, "{sent} {now} {version} {} {}", kind.name(), accepted.unwrap_or(0));
         }
         if !self.report.versions.contains_key(version) {
-            let new = Version { requests: 0, first_sent: sent, last_sent: sent, first_answered: now, last_answered: now };
+            let new = Version {
+                requests: 0,
+                first_sent: sent,
+                last_sent: sent,
+                first_answered: now,
+                last_answered: now,
+                last_accepted: accepted,
+            };
             self.report.versions.insert(version.to_owned(), new);
         }
         let found = self.report.versions.get_mut(version).expect("it was inserted");
@@ -200,6 +210,7 @@ impl Book {
         found.first_sent = found.first_sent.min(sent);
         found.last_sent = found.last_sent.max(sent);
         found.last_answered = now;
+        found.last_accepted = found.last_accepted.max(accepted);
     }
 
     pub fn close_code(&mut self, code: Option<u16>) {

@@ -1,7 +1,8 @@
 //! The test upstream: an application that is easy to check and behaves as one should, or badly when asked to.
 //!
-//! HTTP/1.1 with keep-alive. Every answer names the version (`x-load-version`) and repeats the request's `x-load-id`, so
-//! that a client sees who answered, and an answer that belongs to another request. What there is:
+//! HTTP/1.1 with keep-alive. Every answer names the version (`x-load-version`), when its request was read (`x-load-at`, nanoseconds
+//! of the machine's monotonic clock) and the request's own `x-load-id`, so that a client sees who answered, and an answer that
+//! belongs to another request. What there is:
 //!
 //! | path | answer |
 //! |---|---|
@@ -207,6 +208,8 @@ async fn connection(app: &App, socket: TcpStream) -> Result<(), Lost> {
 #[derive(Debug)]
 struct Request {
     head: Head,
+    /// When it was read.
+    at: u64,
     path: String,
     query: BTreeMap<String, String>,
 }
@@ -216,7 +219,7 @@ impl Request {
         let (path, query) = head.target.split_once('?').unwrap_or((&head.target, ""));
         let pairs = query.split('&').filter_map(|pair| pair.split_once('='));
         let query = pairs.map(|(name, value)| (name.to_owned(), value.to_owned())).collect();
-        Self { path: path.to_owned(), query, head }
+        Self { path: path.to_owned(), query, at: super::monotonic(), head }
     }
 
     fn number(&self, name: &str) -> u64 {
@@ -306,7 +309,7 @@ async fn answer(app: &App, request: &Request) -> Option<Answer> {
 /// The head of an answer, without the empty line.
 fn head(app: &App, request: &Request, status: u16, fields: &[(&'static str, String)]) -> String {
     let reason = if status == 101 { "Switching Protocols" } else { "As Asked" };
-    let mut head = format!("HTTP/1.1 {status} {reason}\r\nx-load-version: {}\r\n", app.version);
+    let mut head = format!("HTTP/1.1 {status} {reason}\r\nx-load-version: {}\r\nx-load-at: {}\r\n", app.version, request.at);
     if let Some(id) = request.head.field("x-load-id") {
         let _ = write!(head, "x-load-id: {id}\r\n");
     }

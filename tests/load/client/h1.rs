@@ -8,7 +8,7 @@ use super::super::bytes::Bytes;
 use super::super::report::Kind;
 use super::super::wire::{Head, Idle, Lost, Wire};
 use super::Session;
-use super::request::{Check, Request, Upload};
+use super::request::{By, Check, Request, Upload};
 
 /// One request after the other, on one connection as long as it lasts.
 pub async fn run(session: &Session) {
@@ -32,8 +32,8 @@ pub async fn run(session: &Session) {
         };
         let sent = Instant::now();
         match exchange(session, &mut wire, &request).await {
-            Ok(Done { version, bytes, closes }) => {
-                session.good(sent, &version, bytes);
+            Ok(Done { by, bytes, closes }) => {
+                session.good(sent, &by, bytes);
                 if closes {
                     session.book.borrow_mut().figures(session.kind).closed_by_server += 1;
                 } else {
@@ -61,7 +61,7 @@ async fn ready(session: &Session, kept: Option<Wire>) -> Result<Wire, Lost> {
 }
 
 struct Done {
-    version: String,
+    by: By,
     bytes: u64,
     closes: bool,
 }
@@ -91,9 +91,9 @@ async fn exchange(session: &Session, wire: &mut Wire, request: &Request) -> Resu
             throttle.read(piece.len()).await;
         }
     }
-    let version = check.version.clone();
+    let by = check.by.clone();
     let bytes = check.end(|name| body.trailers.iter().find(|(found, _)| found == name).map(|(_, value)| value.clone()))?;
-    Ok(Done { version, bytes, closes })
+    Ok(Done { by, bytes, closes })
 }
 
 /// The head of a request, whole.

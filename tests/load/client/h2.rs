@@ -14,7 +14,7 @@ use http::{HeaderMap, Version};
 use super::super::bytes::Bytes;
 use super::super::wire::Lost;
 use super::Session;
-use super::request::{Check, Request, Upload};
+use super::request::{By, Check, Request, Upload};
 
 /// Bytes that may be on the way in a stream, and in a connection: as browsers have it, more than the default.
 const STREAM_WINDOW: u32 = 1 << 20;
@@ -97,7 +97,7 @@ async fn requests(session: Session, mut sender: SendRequest<Piece>, stream: usiz
         let request = if number % 5 == 4 { Request::upload(number / 5, seed) } else { Request::some(number, seed) };
         let sent = Instant::now();
         match exchange(&session, &mut sender, &request).await {
-            Ok((version, bytes)) => session.good(sent, &version, bytes),
+            Ok((by, bytes)) => session.good(sent, &by, bytes),
             Err(lost) => {
                 whole.set(false);
                 session.lost(lost).await;
@@ -107,7 +107,7 @@ async fn requests(session: Session, mut sender: SendRequest<Piece>, stream: usiz
     End::Enough
 }
 
-async fn exchange(session: &Session, sender: &mut SendRequest<Piece>, request: &Request) -> Result<(String, u64), Lost> {
+async fn exchange(session: &Session, sender: &mut SendRequest<Piece>, request: &Request) -> Result<(By, u64), Lost> {
     let scheme = if session.tls.is_some() { "https" } else { "http" };
     let mut head = http::Request::builder()
         .version(Version::HTTP_2)
@@ -133,9 +133,9 @@ async fn exchange(session: &Session, sender: &mut SendRequest<Piece>, request: &
         check.piece(&piece)?;
     }
     let trailers = session.timely(&request.path, async { body.trailers().await.map_err(|error| lost(&error)) }).await?;
-    let version = check.version.clone();
+    let by = check.by.clone();
     let bytes = check.end(|name| trailers.as_ref().and_then(|trailers| field(trailers, name)))?;
-    Ok((version, bytes))
+    Ok((by, bytes))
 }
 
 fn field(fields: &HeaderMap, name: &str) -> Option<String> {

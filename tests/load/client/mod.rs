@@ -12,7 +12,7 @@
 
 mod h1;
 mod h2;
-mod request;
+pub mod request;
 mod stream;
 
 use std::cell::{Cell, RefCell};
@@ -30,6 +30,7 @@ use tokio::net::TcpStream;
 use tokio::sync::watch;
 use tokio::time::{sleep, sleep_until};
 
+use self::request::By;
 use super::report::{Book, Kind, Report};
 use super::wire::{Lost, Socket, Wire};
 
@@ -92,7 +93,7 @@ pub struct ClientArgs {
     /// Write the report there
     #[arg(long, value_name = "FILE")]
     pub report: Option<PathBuf>,
-    /// Write a line per answer there: when sent, when answered, version, kind
+    /// Write a line per answer there: when sent, when answered, version, kind, when the upstream read it (or 0)
     #[arg(long, value_name = "FILE")]
     pub answers: Option<PathBuf>,
     /// Make this file once every kind had an answer
@@ -271,8 +272,8 @@ impl Session {
         tokio::time::timeout(self.timeout(), step).await.map_err(late).flatten()
     }
 
-    fn good(&self, sent: Instant, version: &str, bytes: u64) {
-        self.book.borrow_mut().good(self.kind, sent, version, bytes);
+    fn good(&self, sent: Instant, by: &By, bytes: u64) {
+        self.book.borrow_mut().good(self.kind, sent, by, bytes);
     }
 
     /// Counts a loss, and waits a moment.

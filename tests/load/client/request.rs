@@ -102,8 +102,15 @@ pub struct Check<'request> {
     digest: Sha256,
     text: Vec<u8>,
     length: u64,
-    /// Who answered.
+    pub by: By,
+}
+
+/// Who answered.
+#[derive(Debug, Clone)]
+pub struct By {
     pub version: String,
+    /// When the upstream read the request, if it says so: nanoseconds of the machine's monotonic clock.
+    pub accepted: Option<u64>,
 }
 
 impl<'request> Check<'request> {
@@ -125,6 +132,7 @@ impl<'request> Check<'request> {
         let Some(version) = field("x-load-version") else {
             return Err(Lost::new(Lost::WRONG_ANSWER, format!("{}: no version", request.path)));
         };
+        let by = By { version, accepted: field("x-load-at").and_then(|at| at.parse().ok()) };
         let announced = field("content-length").and_then(|length| length.parse::<u64>().ok());
         let expected = match request.content {
             Content::Bytes(length) => Some(length),
@@ -134,7 +142,7 @@ impl<'request> Check<'request> {
             return Err(Lost::new(Lost::WRONG_ANSWER, format!("{}: a content-length of {announced:?}", request.path)));
         }
         let (bytes, digest) = (Bytes::new(request.seed), Sha256::new());
-        Ok(Self { request, bytes, digest, text: Vec::new(), length: 0, version })
+        Ok(Self { request, bytes, digest, text: Vec::new(), length: 0, by })
     }
 
     pub fn piece(&mut self, piece: &[u8]) -> Result<(), Lost> {
@@ -172,7 +180,7 @@ impl<'request> Check<'request> {
                 }
             }
             Content::Empty if self.length > 0 => return wrong(format!("{} bytes where none belong", self.length)),
-            Content::Version if self.text != self.version.as_bytes() => {
+            Content::Version if self.text != self.by.version.as_bytes() => {
                 return wrong(format!("{:?}", String::from_utf8_lossy(&self.text)));
             }
             Content::Text(text) if self.text != text.as_bytes() => {

@@ -109,7 +109,7 @@ async fn websocket(session: &Session, seed: u64) -> Result<End, Lost> {
         return Err(Lost::new(Lost::WRONG_ANSWER, format!("{path}: not the answer to the handshake: {:?}", head.fields)));
     }
     let version = head.field("x-load-version").unwrap_or_default().to_owned();
-    session.book.borrow_mut().answered(session.kind, opened, &version);
+    session.book.borrow_mut().answered(session.kind, opened, &version, None);
     let mut socket = Open { session, seed, version, sent: Vec::new(), echoed: 0, pushed: 0, closing: false };
     let (mut ticks, mut heard) = (ticks(session), Instant::now());
     loop {
@@ -177,7 +177,7 @@ impl Open<'_> {
             self.echoed += 1;
             book.latency(self.session.kind, *sent);
         }
-        book.answered(self.session.kind, self.sent.last().copied().unwrap_or_else(Instant::now), &self.version);
+        book.answered(self.session.kind, self.sent.last().copied().unwrap_or_else(Instant::now), &self.version, None);
         book.figures(self.session.kind).messages += 1;
         Ok(())
     }
@@ -229,7 +229,7 @@ async fn event_stream(session: &Session, seed: u64, id: u64, next: &mut u64) -> 
     if body.until_close() {
         return Err(Lost::new(Lost::WRONG_ANSWER, format!("{path}: a stream whose end cannot be told from a broken connection")));
     }
-    session.book.borrow_mut().answered(session.kind, opened, &version);
+    session.book.borrow_mut().answered(session.kind, opened, &version, None);
     let mut text = Vec::new();
     loop {
         let piece = tokio::select! {
@@ -259,7 +259,7 @@ async fn event_stream(session: &Session, seed: u64, id: u64, next: &mut u64) -> 
             }
             *next += 1;
             let mut book = session.book.borrow_mut();
-            book.answered(session.kind, Instant::now(), &version);
+            book.answered(session.kind, Instant::now(), &version, None);
             book.figures(session.kind).messages += 1;
         }
     }
