@@ -161,6 +161,8 @@ class Report:
         # `places`: folder → its name in commands.
         self.title, self.places = title, places
         self.verdicts, self.times, self.commands, self.notes, self.others, self.versions = [], [], [], [], [], {}
+        # Markdown with a heading each, after the notes.
+        self.tables = []
 
     def goal(self, what, measured, goal, met):
         self.verdicts.append([what, measured, goal, "PASS" if met else "FAIL"])
@@ -181,6 +183,7 @@ class Report:
         notes = [*self.notes, f"Other work on the machine before each measurement: {share} of its processors' time{verdict}."]
         page = f"## {self.title}\n\n" + table(["what", "measured", "goal", "verdict"], self.verdicts)
         page += "\n" + "".join(f"- {note}\n" for note in notes)
+        page += "".join(f"\n{text}" for text in self.tables)
         page += "\n### Times in seconds\n\n" + table(["what", "least", "median", "most", "runs"], [times.row() for times in self.times])
         page += "\n### Commands\n\n" + table(["what", "command"], self.commands)
         page += "\n### Versions\n\n" + table(["what", "version"], [[name, text] for name, text in self.versions.items()])
