@@ -11,7 +11,7 @@ use std::sync::mpsc::{SyncSender, TrySendError, sync_channel};
 use std::time::{Duration, SystemTime, UNIX_EPOCH};
 
 /// Where finished lines go. Called from one thread, which may block.
-pub trait AccessSink: Send {
+pub trait AccessSink: Send + Sync {
     /// `lines` are whole lines, each ended by a newline.
     fn write(&mut self, lines: &[u8]);
 }
@@ -197,14 +197,14 @@ mod tests {
 
     #[test]
     fn a_slow_sink_loses_lines_and_blocks_nobody() {
-        struct Stuck(std::sync::mpsc::Receiver<()>);
+        struct Stuck(Mutex<std::sync::mpsc::Receiver<()>>);
         impl AccessSink for Stuck {
             fn write(&mut self, _: &[u8]) {
-                let _ = self.0.recv();
+                let _ = self.0.lock().unwrap().recv();
             }
         }
         let (let_go, stuck) = std::sync::mpsc::channel();
-        let log = AccessLog::start(Box::new(Stuck(stuck))).unwrap();
+        let log = AccessLog::start(Box::new(Stuck(Mutex::new(stuck)))).unwrap();
         (0..WAITING_BUFFERS + 50).for_each(|_| log.send("x\n".into(), 3));
         let dropped = log.dropped();
         assert!((49 * 3..=50 * 3).contains(&dropped), "all but what waits and the one being written: {dropped}");

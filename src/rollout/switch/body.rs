@@ -287,7 +287,8 @@ fn ends_event(tail: &[u8]) -> bool {
 /// Where in `data`, which follows `tail`, the last event ends.
 fn last_event_end(tail: &[u8; 3], data: &[u8]) -> Option<usize> {
     (1..=data.len()).rev().find(|end| {
-        let last: Vec<u8> = tail.iter().chain(&data[..*end]).rev().take(3).rev().copied().collect();
+        let mut last = *tail;
+        data[end.saturating_sub(3)..*end].iter().for_each(|byte| last = [last[1], last[2], *byte]);
         matches!(data[end - 1], b'\n' | b'\r') && ends_event(&last)
     })
 }

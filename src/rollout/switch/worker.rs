@@ -157,7 +157,7 @@ impl Drop for Counted {
 /// Accepts until the switch closes; every connection goes to the worker that has the fewest.
 async fn accept(switch: Arc<Inner>, worker: Arc<Worker>, listener: Listener) {
     let tls = listener.tls;
-    let Ok(socket) = listener.socket.set_nonblocking(true).and_then(|()| AsyncFd::new(listener.socket)) else {
+    let Ok(socket) = listener.socket.set_nonblocking(true).and_then(|()| AsyncFd::register(listener.socket).map_err(std::io::Error::from)) else {
         (switch.settings.told)(&format!("the listener `{}` cannot be served", listener.name));
         return;
     };

@@ -31,6 +31,13 @@ pub(crate) struct Head {
     pub keep_alive: bool,
 }
 
+/// Where in the head a field is: beginning and length of its name and its value.
+#[derive(Clone, Copy, Default)]
+struct Place {
+    name: (usize, usize),
+    value: (usize, usize),
+}
+
 /// Takes a head from the front of `buffer`; `None` when it is not all there yet. `is_head`: answers HEAD.
 pub(super) fn parse(buffer: &mut BytesMut, is_head: bool) -> Result<Option<Head>, &'static str> {
     if buffer.is_empty() {
@@ -48,14 +55,13 @@ pub(super) fn parse(buffer: &mut BytesMut, is_head: bool) -> Result<Option<Head>
     let status = answer.code.and_then(|code| StatusCode::from_u16(code).ok()).ok_or("its status is malformed")?;
     let http_11 = answer.version == Some(1);
     let count = answer.headers.len();
-    let mut places = [(0..0, 0..0); MOST_FIELDS].map(|(name, value): (std::ops::Range<usize>, std::ops::Range<usize>)| (name, value));
+    let mut places = [Place::default(); MOST_FIELDS];
     let start = buffer.as_ptr() as usize;
     for (place, field) in places.iter_mut().zip(answer.headers.iter()) {
-        let (name, value) = (field.name.as_ptr() as usize - start, field.value.as_ptr() as usize - start);
-        *place = (name..name + field.name.len(), value..value + field.value.len());
+        *place = Place { name: (field.name.as_ptr() as usize - start, field.name.len()), value: (field.value.as_ptr() as usize - start, field.value.len()) };
     }
     let bytes = buffer.split_to(length).freeze();
-    let fields = read_fields(&bytes, places.into_iter().take(count))?;
+    let fields = read_fields(&bytes, &places[..count])?;
     body(status, http_11, fields, is_head).map(Some)
 }
 
@@ -68,11 +74,12 @@ struct Fields {
     keep_alive: bool,
 }
 
-fn read_fields(bytes: &Bytes, places: impl Iterator<Item = (std::ops::Range<usize>, std::ops::Range<usize>)>) -> Result<Fields, &'static str> {
+fn read_fields(bytes: &Bytes, places: &[Place]) -> Result<Fields, &'static str> {
     let mut fields = Fields { headers: HeaderMap::with_capacity(16), ..Fields::default() };
-    for (name, value) in places {
-        let name = HeaderName::from_bytes(&bytes[name]).map_err(|_| "the name of a field is malformed")?;
-        let value = HeaderValue::from_maybe_shared(bytes.slice(value)).map_err(|_| "the value of a field is malformed")?;
+    for place in places {
+        let range = |(start, length): (usize, usize)| start..start + length;
+        let name = HeaderName::from_bytes(&bytes[range(place.name)]).map_err(|_| "the name of a field is malformed")?;
+        let value = HeaderValue::from_maybe_shared(bytes.slice(range(place.value))).map_err(|_| "the value of a field is malformed")?;
         match name {
             CONTENT_LENGTH => {
                 let length = length(value.as_bytes()).ok_or("its content-length is malformed")?;
