@@ -20,6 +20,7 @@ mod follow;
 mod hold;
 mod init;
 mod instance;
+mod kept;
 mod ledger;
 mod meta;
 mod plan;
@@ -177,7 +178,7 @@ enum Verb {
     Pack(meta::PackArgs),
     /// Drive one instance of the local target (for the tests)
     #[command(name = "__instance", hide = true, subcommand)]
-    Instance(instance::Verb),
+    Instance(kept::Verb),
 }
 
 /// Runs the program.
@@ -257,6 +258,6 @@ fn dispatch(cli: Cli) -> Result<u8> {
         Verb::Completions(args) => meta::completions(&args),
         Verb::Man => meta::man(),
         Verb::Pack(args) => meta::pack(&args),
-        Verb::Instance(verb) => instance::run(&global, verb),
+        Verb::Instance(verb) => kept::run(&global, verb),
     }
 }
