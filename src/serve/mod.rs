@@ -249,7 +249,7 @@ fn succession(
 /// # Errors
 /// Another daemon has it, after `longest`.
 fn lock(path: &Path, longest: Duration) -> Result<std::fs::File> {
-    use std::os::unix::fs::OpenOptionsExt as _;
+    use fs_err::os::unix::fs::OpenOptionsExt as _;
     let until = std::time::Instant::now() + longest;
     let file = fs_err::OpenOptions::new().read(true).write(true).create(true).truncate(false).mode(0o600).open(path)?.into_file();
     loop {
@@ -282,3 +282,6 @@ fn load(folder: &Folder, world: &dyn World) -> Result<(State, Option<String>)> {
         }
     })
 }
+
+#[cfg(test)]
+mod tests;
