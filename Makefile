@@ -3,7 +3,7 @@ SHELL := /bin/bash
 .SHELLFLAGS := -euo pipefail -c
 .DEFAULT_GOAL := help
 .NOTPARALLEL:
-.PHONY: help setup build demo test bench lint
+.PHONY: help setup build deb demo test bench lint
 
 help:
 	@echo 'make demo    set up, build and run the notes image, bake and boot the appliance, fetch a page of each'
@@ -12,12 +12,16 @@ help:
 	@echo 'make lint    formatting and clippy'
 	@echo 'make setup   install what building and running need'
 	@echo 'make build   target/release/pipeline'
+	@echo 'make deb     a Debian package of it in target/debian'
 
 setup:
 	@tools/setup
 
 build: setup
 	cargo build --release --locked
+
+deb: build
+	@tools/deb
 
 demo:
 	@tools/demo

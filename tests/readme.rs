@@ -295,10 +295,12 @@ fn says(text: &str, name: &str) -> bool {
 fn the_reference_has_every_key_and_its_example_is_right() {
     let text = fs_err::read_to_string(repository().join("docs/pipeline-file.md")).unwrap();
     let environments = fs_err::read_to_string(repository().join("docs/environments.md")).unwrap();
+    let rollout = fs_err::read_to_string(repository().join("docs/rollout.md")).unwrap();
     let mut names = BTreeSet::new();
     properties(&serde_json::to_value(pipeline::config::schema()).unwrap(), &mut names);
     assert!(names.len() > 40, "{names:?}");
-    let missing: Vec<&String> = names.iter().filter(|name| ![&text, &environments].iter().any(|text| says(text, name))).collect();
+    let missing: Vec<&String> =
+        names.iter().filter(|name| ![&text, &environments, &rollout].iter().any(|text| says(text, name))).collect();
     assert!(missing.is_empty(), "{missing:?}");
 
     let dir = tempfile::tempdir().unwrap();

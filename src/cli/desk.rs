@@ -42,6 +42,13 @@ pub struct Place {
     pub environment: String,
 }
 
+impl Place {
+    /// `shop/prod`.
+    pub fn name(&self) -> String {
+        format!("{}/{}", self.pipeline, self.environment)
+    }
+}
+
 impl Office {
     /// Opens the ledger. `pipeline`: the one that is meant, where a verb names it.
     pub fn open(global: &Global, pipeline: Option<&str>) -> Result<Self> {

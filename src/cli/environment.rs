@@ -9,6 +9,7 @@ use anyhow::{Context as _, Result};
 use serde_json::json;
 
 use super::desk::Office;
+use super::follow::Until;
 use super::promote::{self, Reasons};
 use super::{Global, report, ui};
 use crate::config::check::rollout;
@@ -325,5 +326,5 @@ fn configure(global: &Global, environment: &str, pipeline: Option<&str>, action:
         Ok((outcome, !desk.load(&place.pipeline)?.policy.people.is_empty()))
     })?;
     office.say_unchecked(people);
-    promote::finish(global, &office, reasons, outcome)
+    promote::finish(global, &office, reasons, outcome, Until::Done)
 }

@@ -9,14 +9,17 @@ mod artifact;
 mod bake;
 mod boot;
 mod build;
+mod daemon;
 mod desk;
 mod diff;
 mod disk;
 mod doctor;
 mod environment;
 mod explain;
+mod follow;
 mod hold;
 mod init;
+mod instance;
 mod ledger;
 mod meta;
 mod plan;
@@ -26,10 +29,12 @@ mod prune;
 mod registry;
 mod release;
 mod report;
+mod rollout;
 mod run;
 mod signals;
 mod signed;
 mod status;
+mod targets;
 mod test;
 mod ui;
 mod update;
@@ -115,6 +120,15 @@ enum Verb {
     Approve(hold::ApproveArgs),
     /// Go back to the release that was healthy before, with its configuration; leaves a hold
     Rollback(promote::RollbackArgs),
+    /// Pause, resume or end the rollout of an environment that a daemon serves
+    #[command(subcommand)]
+    Rollout(rollout::Verb),
+    /// Answer the requests of an environment with a message, or let them through again
+    Maintenance(rollout::MaintenanceArgs),
+    /// Show what the instances of an environment print
+    Logs(instance::LogsArgs),
+    /// Run a command in an instance of an environment
+    Exec(instance::ExecArgs),
     /// Keep automation away from an environment, or let it again
     Hold(hold::HoldArgs),
     /// Let nothing change in an environment
@@ -211,6 +225,10 @@ fn dispatch(cli: Cli) -> Result<u8> {
         Verb::Environment(verb) => environment::run(&global, verb),
         Verb::Status(args) => status::status(&global, args),
         Verb::Promote(args) => promote::promote(&global, args),
+        Verb::Rollout(verb) => rollout::run(&global, verb),
+        Verb::Maintenance(args) => rollout::maintenance(&global, args),
+        Verb::Logs(args) => instance::logs(&global, args, &targets::target_for),
+        Verb::Exec(args) => instance::exec(&global, args, &targets::target_for),
         Verb::Approve(args) => hold::approve(&global, args),
         Verb::Rollback(args) => promote::rollback(&global, args),
         Verb::Hold(args) => hold::hold(&global, args),

@@ -6,10 +6,13 @@ use anyhow::Result;
 use jiff::Timestamp;
 use serde_json::json;
 
+use super::daemon::Daemon;
 use super::desk::{Office, Place};
+use super::follow::{self, End, Until, Wanted};
 use super::{Global, report, ui};
 use crate::error::Problem;
 use crate::oci::digest::Digest;
+use crate::progress::Progress as _;
 use crate::release::decision::Verdict;
 use crate::release::desk::{self, Ask, Desk, Loaded, Outcome};
 use crate::release::mirror::What;
@@ -31,7 +34,7 @@ pub struct Reasons {
     /// Show what would happen, with every gate's answer, and stop
     #[arg(long)]
     dry_run: bool,
-    /// Do not say that something has to serve the release by exit status 75
+    /// Do not wait until it runs, and do not say by exit status 75 that nothing serves the environment
     #[arg(long)]
     no_wait: bool,
     /// Write the gates' answers as JUnit XML
@@ -85,6 +88,11 @@ pub fn promote(global: &Global, args: PromoteArgs) -> Result<u8> {
     let pipeline = office.pipeline(pipeline.as_deref())?;
     if args.automatic {
         let outcomes = office.sit(|desk| desk.automatic(&pipeline))?;
+        if outcomes.iter().any(|outcome| outcome.commit.is_some())
+            && let Ok(daemon) = Daemon::of(global, &office.around.host)
+        {
+            hand_over(&office, &daemon, None);
+        }
         let tags = office.tags(&pipeline, What::Left);
         let value = json!({"schema": 1, "outcomes": outcomes, "tags": tags});
         ui::answer(global, &value, || outcomes.iter().map(text).collect())?;
@@ -104,12 +112,13 @@ pub fn promote(global: &Global, args: PromoteArgs) -> Result<u8> {
     }
     let (outcome, people) = decided?;
     office.say_unchecked(people);
-    finish(global, &office, &args.reasons, outcome)
+    finish(global, &office, &args.reasons, outcome, Until::Done)
 }
 
 pub fn rollback(global: &Global, args: RollbackArgs) -> Result<u8> {
     let office = Office::open(global, args.environment.split_once('/').map(|(name, _)| name).or(args.pipeline.as_deref()))?;
     let place = office.place(&args.environment, args.pipeline.as_deref())?;
+    foretell(global, &office, &place, args.to.as_deref());
     let (outcome, people) = office.sit(|desk| {
         desk.sync(true)?;
         let loaded = desk.load(&place.pipeline)?;
@@ -121,7 +130,7 @@ pub fn rollback(global: &Global, args: RollbackArgs) -> Result<u8> {
         Ok((outcome, !loaded.policy.people.is_empty()))
     })?;
     office.say_unchecked(people);
-    finish(global, &office, &args.reasons, outcome)
+    finish(global, &office, &args.reasons, outcome, Until::Switch)
 }
 
 impl Reasons {
@@ -193,25 +202,85 @@ fn in_history(desk: &Desk<'_>, loaded: &Loaded, place: &Place, wanted: &str) -> 
         .into())
 }
 
-/// Shows the outcome and lets the registry's tags follow it; the exit status.
-pub fn finish(global: &Global, office: &Office, reasons: &Reasons, outcome: Outcome) -> Result<u8> {
+/// Says what a rollback is going to take, where a daemon serves the environment.
+fn foretell(global: &Global, office: &Office, place: &Place, to: Option<&str>) {
+    let view = Daemon::of(global, &office.around.host).and_then(|daemon| daemon.view(&place.name()));
+    let Ok(Some(view)) = view else { return };
+    let other = view.other.as_ref().filter(|other| to.is_none_or(|to| other.version == to || other.release.is_called(to)));
+    // Something else than what is warm is asked for.
+    let elsewhere = to.filter(|_| other.is_none()).and(view.live.as_ref()).map(|live| live.release);
+    office.around.progress.note(format!("going back: {}", follow::promise(&view, elsewhere.as_ref())));
+}
+
+/// Shows the outcome, lets the registry's tags follow it, and waits until it runs where a daemon serves it; the exit status.
+pub fn finish(global: &Global, office: &Office, reasons: &Reasons, mut outcome: Outcome, until: Until) -> Result<u8> {
     if let Some(file) = &reasons.junit {
         fs_err::write(file, junit(&outcome.plan))?;
     }
+    let daemon = Daemon::of(global, &office.around.host).ok().filter(|_| outcome.commit.is_some());
+    // The daemon begins while this shows what was decided.
+    let wanted = wanted(&outcome, until).filter(|_| outcome.unserved);
+    let served = daemon.as_ref().is_some_and(|daemon| hand_over(office, daemon, wanted.as_ref()));
+    outcome.unserved &= !served;
     let tags = || outcome.commit.iter().flat_map(|_| office.tags(&outcome.plan.pipeline, What::Left)).collect::<Vec<_>>();
-    if global.json {
-        ui::answer(global, &json!({"schema": 1, "outcome": outcome, "tags": tags()}), String::new)?;
-    } else {
-        // A registry that is slow or away keeps nobody from reading what was decided.
+    if !global.json {
         ui::answer(global, &(), || text(&outcome))?;
-        tags();
+    }
+    let waited = match (&daemon, &wanted) {
+        (Some(daemon), Some(wanted)) if served && !reasons.no_wait => Some(follow::follow(&office.around, daemon, wanted)),
+        _ => None,
+    };
+    // A registry that is slow or away keeps nobody from reading what was decided and what came of it.
+    let told = tags();
+    let waited = waited.transpose()?;
+    let left = matches!(waited, Some(None));
+    let end: Option<End> = waited.flatten();
+    if global.json {
+        ui::answer(global, &json!({"schema": 1, "outcome": outcome, "tags": told, "rollout": end}), String::new)?;
+    } else if let Some(end) = &end {
+        ui::answer(global, &(), || rolled_out(end))?;
     }
     Ok(match (&outcome.commit, reasons.dry_run) {
         (None, false) => 1,
         (None, true) => u8::from(!outcome.plan.allowed),
         (Some(_), _) if outcome.unserved && !reasons.no_wait => UNSERVED,
-        _ => 0,
+        (Some(_), _) if left => UNSERVED,
+        _ => u8::from(end.is_some_and(|end| !end.good)),
     })
+}
+
+/// Lets the daemon look at the ledger; whether it serves the environment of `wanted`.
+fn hand_over(office: &Office, daemon: &Daemon, wanted: Option<&Wanted>) -> bool {
+    let serves = || -> Result<bool> {
+        let Some(overview) = daemon.overview()? else { return Ok(false) };
+        daemon.poke()?;
+        let Some(wanted) = wanted else { return Ok(false) };
+        let is_there = overview.environments.iter().any(|view| view.environment == wanted.name);
+        Ok(is_there || daemon.view(&wanted.name)?.is_some())
+    };
+    serves().unwrap_or_else(|error| {
+        office.around.progress.warn(format!("the decision stands, and the daemon was not told: {error:#}"));
+        false
+    })
+}
+
+/// What the daemon is to make of a decision.
+fn wanted(outcome: &Outcome, until: Until) -> Option<Wanted> {
+    let plan = &outcome.plan;
+    let pair = plan.to.as_ref().filter(|_| !plan.waits)?;
+    let name = format!("{}/{}", plan.pipeline, plan.environment);
+    // Decisions have whole seconds, and so has the clock that the daemon's rollouts are compared with.
+    let since = Timestamp::from_second(plan.decision.time.as_second()).ok()?;
+    Some(Wanted { name, release: pair.release, config: pair.config.digest(), since, until })
+}
+
+/// How a rollout ended, for people.
+fn rolled_out(end: &End) -> String {
+    let mut text = format!("{}\n", end.text);
+    for line in &end.log {
+        let _ = writeln!(text, "  | {line}");
+    }
+    text
 }
 
 /// An outcome for people.

@@ -8,8 +8,9 @@ use jiff::Timestamp;
 use serde::Serialize;
 use serde_json::json;
 
+use super::daemon::Daemon;
 use super::desk::Office;
-use super::{Global, environment, report, ui};
+use super::{Global, environment, report, rollout, ui};
 use crate::config::types::Upstream;
 use crate::error::Problem;
 use crate::oci::digest::Digest;
@@ -21,11 +22,15 @@ use crate::release::gate;
 use crate::release::mirror::{self, What};
 use crate::release::promotion;
 use crate::release::state::State;
+use crate::rollout::view::View;
 
 #[derive(Debug, clap::Args)]
 pub struct StatusArgs {
     /// PIPELINE or PIPELINE/ENVIRONMENT; default: everything the ledger has
     name: Option<String>,
+    /// Show blue and green of one environment again whenever they change, until ^C
+    #[arg(long, requires = "name")]
+    watch: bool,
 }
 
 #[derive(Debug, clap::Args)]
@@ -109,6 +114,9 @@ pub fn status(global: &Global, args: StatusArgs) -> Result<u8> {
         None => (None, None),
     };
     let office = Office::open(global, pipeline.as_deref())?;
+    if args.watch {
+        return watch(global, &office, args.name.as_deref().unwrap_or_default());
+    }
     office.sit(|desk| desk.sync(true))?;
     let snapshot = office.ledger.snapshot()?;
     let now = Timestamp::now();
@@ -140,8 +148,44 @@ pub fn status(global: &Global, args: StatusArgs) -> Result<u8> {
         }
     }
     office.around.progress.finish();
-    ui::answer(global, &json!({"schema": 1, "environments": rows}), || table(&rows, now))?;
+    let served = served(global, &office, &rows);
+    ui::answer(global, &json!({"schema": 1, "environments": rows, "served": served}), || {
+        let mut text = table(&rows, now);
+        // One environment is shown whole.
+        if only.is_some() {
+            served.iter().for_each(|view| text += &rollout::text(view, now));
+        }
+        text
+    })?;
     Ok(0)
+}
+
+/// What the daemon serves of `rows`; a daemon that is away or does not answer keeps nobody from the ledger.
+fn served(global: &Global, office: &Office, rows: &[Row]) -> Vec<View> {
+    let overview = Daemon::of(global, &office.around.host).and_then(|daemon| daemon.overview());
+    match overview {
+        Ok(Some(overview)) => {
+            overview.daemon.messages.into_iter().for_each(|message| office.around.progress.warn(message));
+            let shown = |view: &View| rows.iter().any(|row| view.environment == format!("{}/{}", row.pipeline, row.environment));
+            overview.environments.into_iter().filter(shown).collect()
+        }
+        // Nothing runs, or nothing says where the socket would be: then nothing is served for this user.
+        Ok(None) => Vec::new(),
+        Err(error) if crate::error::exit_code(&error) == 2 => Vec::new(),
+        Err(error) => {
+            office.around.progress.warn(format!("what runs is not known: {error:#}"));
+            Vec::new()
+        }
+    }
+}
+
+fn watch(global: &Global, office: &Office, name: &str) -> Result<u8> {
+    if !name.contains('/') {
+        return Err(Problem::usage("`--watch` shows one environment")
+            .hint(format!("like `pipeline status {name}/prod --watch`"))
+            .into());
+    }
+    rollout::watch(global, &Daemon::of(global, &office.around.host)?, name)
 }
 
 /// The registry's tags by environment. What a command that was killed, or met a registry that was away, left is done now.

@@ -89,7 +89,15 @@ pub fn cwd() -> Result<PathBuf> {
     std::env::current_dir().context("the current folder is gone")
 }
 
-/// Where everything is kept: `--root`, root's `/var/lib/pipeline`, or the user's XDG folders
+/// Where root and the service keep everything.
+const SYSTEM: &str = "/var/lib/pipeline";
+
+/// Whether this is root, or the user of the service, whose home that folder is.
+pub fn is_system(host: &Host) -> bool {
+    rustix::process::geteuid().is_root() || host.home.as_deref() == Some(Path::new(SYSTEM))
+}
+
+/// Where everything is kept: `--root`, `/var/lib/pipeline` of root and the service, or the user's XDG folders
 /// (DESIGN section 7, contract 2). The second is the state's.
 pub fn places(global: &Global, host: &Host) -> Result<(PathBuf, PathBuf)> {
     if let Some(root) = &global.root {
@@ -97,8 +105,8 @@ pub fn places(global: &Global, host: &Host) -> Result<(PathBuf, PathBuf)> {
         let state = root.join("state");
         return Ok((root, state));
     }
-    if rustix::process::geteuid().is_root() {
-        return Ok(("/var/lib/pipeline".into(), "/var/lib/pipeline/state".into()));
+    if is_system(host) {
+        return Ok((SYSTEM.into(), Path::new(SYSTEM).join("state")));
     }
     let home = || host.home.clone().ok_or_else(|| Problem::usage("neither `--root` nor `HOME` says where to keep things"));
     let xdg = |name: &str, default: &str| -> Result<PathBuf> {

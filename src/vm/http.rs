@@ -1,6 +1,6 @@
-//! One HTTP request to a forwarded port (RFC 9112), with a limit on time and size.
+//! One HTTP request and its answer (RFC 9112), with a limit on time and size: to a forwarded port, or over any stream.
 
-use std::io::{Read as _, Write as _};
+use std::io::Write as _;
 use std::net::{Ipv4Addr, SocketAddr, TcpStream};
 use std::time::{Duration, Instant};
 
@@ -39,15 +39,33 @@ pub fn ask(port: u16, request: &Request, timeout: Duration) -> Result<Answer> {
     let address = SocketAddr::from((Ipv4Addr::LOCALHOST, port));
     let mut stream = TcpStream::connect_timeout(&address, timeout).context("nobody takes the connection")?;
     stream.set_write_timeout(Some(timeout))?;
+    stream.write_all(&message(request, &format!("127.0.0.1:{port}"))).context("the request is not taken")?;
+    answer(&mut stream, |stream, left| stream.set_read_timeout(Some(left)), end, request.method == "HEAD")
+}
+
+/// The bytes of `request` to `host`, which is to end the connection.
+pub fn message(request: &Request, host: &str) -> Vec<u8> {
     let Request { method, path, headers, body } = request;
-    let mut text = format!("{method} {path} HTTP/1.1\r\nHost: 127.0.0.1:{port}\r\nConnection: close\r\n");
+    let mut text = format!("{method} {path} HTTP/1.1\r\nHost: {host}\r\nConnection: close\r\n");
     headers.iter().for_each(|(name, value)| text += &format!("{name}: {value}\r\n"));
-    if !body.is_empty() {
+    if !body.is_empty() || method == "POST" {
         text += &format!("Content-Length: {}\r\n", body.len());
     }
     let mut message = (text + "\r\n").into_bytes();
     message.extend_from_slice(body);
-    stream.write_all(&message).context("the request is not taken")?;
+    message
+}
+
+/// Reads the whole answer from `stream` until `end`; `wait` limits how long one read may take.
+///
+/// # Errors
+/// None comes in time, or it is something else than HTTP.
+pub fn answer<S: std::io::Read>(
+    stream: &mut S,
+    wait: impl Fn(&S, Duration) -> std::io::Result<()>,
+    end: Instant,
+    is_head: bool,
+) -> Result<Answer> {
     let mut bytes = Vec::new();
     let mut buffer = [0; 16 << 10];
     loop {
@@ -55,7 +73,7 @@ pub fn ask(port: u16, request: &Request, timeout: Duration) -> Result<Answer> {
         if left.is_zero() {
             bail!("no whole answer came in time");
         }
-        stream.set_read_timeout(Some(left))?;
+        wait(stream, left)?;
         let read = match stream.read(&mut buffer) {
             Ok(read) => read,
             Err(error) if error.kind() == std::io::ErrorKind::Interrupted => continue,
@@ -69,7 +87,7 @@ pub fn ask(port: u16, request: &Request, timeout: Duration) -> Result<Answer> {
             bail!("the answer is larger than {} MiB", ANSWER_MAX >> 20);
         }
         let ended = read == 0;
-        if let Some(answer) = parse(&bytes, ended, method == "HEAD")? {
+        if let Some(answer) = parse(&bytes, ended, is_head)? {
             return Ok(answer);
         }
         if ended {
@@ -135,6 +153,8 @@ fn chunks(mut rest: &[u8]) -> Result<Option<Vec<u8>>> {
 
 #[cfg(test)]
 mod tests {
+    use std::io::Read as _;
+
     use super::*;
 
     #[test]

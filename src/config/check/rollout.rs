@@ -58,7 +58,10 @@ impl Checker<'_> {
 
     /// A stand-in where no kind, or several, are written.
     fn target(&mut self, written: file::Target, place: &Place<'_>, makes: Makes) -> Target {
-        let kinds: Vec<&str> = Target::KINDS.into_iter().filter(|kind| place.key(kind).is_there()).collect();
+        // `local:` without settings is one too.
+        let empty = empty_keys(place);
+        let is_there = |kind: &&str| place.key(kind).is_there() || empty.iter().any(|key| key == kind);
+        let kinds: Vec<&str> = Target::KINDS.into_iter().filter(is_there).collect();
         let kind = match kinds.as_slice() {
             [kind] => *kind,
             [] => {
@@ -156,8 +159,9 @@ impl Checker<'_> {
     }
 
     fn route(&mut self, written: file::Route, place: &Place<'_>) -> Route {
-        let host = written.host.and_then(|text| self.note(&place.key("host"), host(&text)));
-        let path = written.path.and_then(|text| self.note(&place.key("path"), prefix(&text)));
+        // A wrong one stays as it is written: it claims nothing that another route has.
+        let host = written.host.map(|text| self.note(&place.key("host"), host(&text)).unwrap_or(text));
+        let path = written.path.map(|text| self.note(&place.key("path"), prefix(&text)).unwrap_or(text));
         let path = path.unwrap_or_else(|| "/".into());
         let strip = written.strip.unwrap_or(false);
         if strip && path == "/" {
