@@ -3,7 +3,7 @@
 //! Arguments are given one by one, standard input is null unless said otherwise, and a failure
 //! names the command, its status and its own last words. Everything started here is *bound*:
 //! it gets a death signal and ends with the thread that started it, so start it from one that
-//! lives as long as the work.
+//! lives as long as the work. [`Cmd::kept`] is for the shim alone.
 
 use std::ffi::{OsStr, OsString};
 use std::io::Write as _;
@@ -108,6 +108,13 @@ impl Cmd {
     #[must_use]
     pub fn pass(mut self, file: OwnedFd) -> Self {
         pass_on(&mut self.command, file);
+        self
+    }
+
+    /// *Kept* in place of bound (DESIGN section 7, contract 4): in a session of its own, and no death signal.
+    #[must_use]
+    pub fn kept(mut self) -> Self {
+        keep(&mut self.command);
         self
     }
 
@@ -223,6 +230,17 @@ fn die_with_parent(command: &mut Command) {
             if rustix::process::getppid() != Some(parent) {
                 return Err(std::io::Error::from_raw_os_error(libc::ESRCH));
             }
+            Ok(())
+        });
+    }
+}
+
+#[expect(unsafe_code, reason = "pre_exec: prctl and setsid are async-signal-safe")]
+fn keep(command: &mut Command) {
+    unsafe {
+        command.pre_exec(|| {
+            rustix::process::set_parent_process_death_signal(None)?;
+            rustix::process::setsid()?;
             Ok(())
         });
     }

@@ -17,6 +17,7 @@ pub mod disk;
 pub mod oci;
 // 1 · tools that know nothing of the field
 pub mod cmd;
+pub mod docker;
 pub mod error;
 pub mod fault;
 pub mod progress;

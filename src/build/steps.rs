@@ -448,6 +448,7 @@ impl Runner<'_> {
                 memory: build.limits.memory,
                 processes: build.limits.processes,
                 file_size: build.limits.file_size,
+                ..sandbox::Limits::default()
             },
             timeout: Some(build.timeout),
             passed_stdio: false,

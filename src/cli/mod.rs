@@ -45,6 +45,7 @@ use std::process::ExitCode;
 use anyhow::Result;
 use clap::{Parser, Subcommand};
 
+use crate::rollout::shim;
 use crate::sandbox;
 
 /// From source to running, immutable machines, in one binary (x86-64 Linux).
@@ -181,6 +182,9 @@ pub fn main() -> ExitCode {
     let args: Vec<String> = std::env::args_os().map(|arg| arg.to_string_lossy().into_owned()).collect();
     if args.get(1).is_some_and(|verb| verb == sandbox::VERB) {
         return sandbox::inside::main(&args[2..], &crate::build::inside::call);
+    }
+    if args.get(1).is_some_and(|verb| verb == shim::VERB) {
+        return shim::main(&args[2..], &std::env::var_os("PATH").unwrap_or_default());
     }
     let cli = Cli::parse();
     let counts_faults = cli.global.fault == Some(0);

@@ -14,7 +14,7 @@ use rustix::process::{Pid, Signal};
 use rustix::thread::UnshareFlags;
 use serde_json::Value;
 
-use super::launch;
+use super::{beside, launch};
 use super::protocol::{Channel, Event, Failure, Frame, Request, parse};
 use crate::error::Problem;
 
@@ -46,7 +46,7 @@ pub fn main(args: &[String], calls: &Calls) -> ExitCode {
 }
 
 /// Takes standard input as the socket and puts /dev/null in its place.
-fn socket() -> Result<Channel> {
+pub fn socket() -> Result<Channel> {
     let socket = rustix::io::fcntl_dupfd_cloexec(std::io::stdin().as_fd(), 3)?;
     let null = rustix::fs::open("/dev/null", rustix::fs::OFlags::RDWR, rustix::fs::Mode::empty())?;
     rustix::stdio::dup2_stdin(&null)?;
@@ -187,6 +187,12 @@ fn serve(channel: &Channel, calls: &Calls) -> Result<()> {
             Request::Signal(_) => continue,
             Request::Check { .. } => Ok(Event::Checked(false)),
             Request::Connect { .. } => Ok(Event::Refused("nothing runs".into())),
+            Request::Sockets { count } => {
+                beside::hand_over_sockets(channel, count)?;
+                continue;
+            }
+            Request::Beside(asked) => Ok(Event::BesideEnded { id: asked.id, result: Err("the program does not run".into()) }),
+            Request::SignalBeside { .. } => continue,
         };
         channel.send(&answer.unwrap_or_else(|error| Event::Failed(Failure::of(&error))), &[])?;
     }

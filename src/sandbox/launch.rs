@@ -19,6 +19,7 @@ use rustix::fs::{FileType, Mode, OFlags, ResolveFlags};
 use rustix::mount::{MountFlags, UnmountFlags};
 use serde_json::json;
 
+use super::beside::{self, Beside};
 use super::limits::Group;
 use super::protocol::{Channel, Event, Exit, Frame, Mount, Network, Request, RunSpec, parse};
 use crate::cmd::Cmd;
@@ -57,6 +58,9 @@ pub fn run(spec: &RunSpec, channel: &Channel, stdio: Vec<OwnedFd>) -> Result<Exi
     }
     let command =
         if user.uid == 0 && user.gid == 0 && !spec.program { bubblewrap(spec, &mounted) } else { runc(spec, &mounted, &user)? };
+    for missing in group.missing(&spec.limits) {
+        channel.send(&Event::Note(missing), &[])?;
+    }
     let mut child = spawn(spec, command, stdio, group)?;
     follow(spec, channel, &mut child)
 }
@@ -125,7 +129,11 @@ impl Mounted {
             .context("cannot mount a tmpfs for the secrets")?;
             mounted.points.push(secrets.clone());
             for (name, value) in &spec.secrets {
-                fs_err::write(secrets.join(name), value)?;
+                let path = secrets.join(name);
+                fs_err::write(&path, value)?;
+                if spec.program {
+                    fs_err::set_permissions(&path, std::os::unix::fs::PermissionsExt::from_mode(0o400))?;
+                }
             }
         }
         for mount in &spec.mounts {
@@ -266,7 +274,7 @@ impl User {
 }
 
 /// The program's path on this machine: the command's own `PATH` is the tree's.
-fn program(name: &str) -> PathBuf {
+pub(super) fn program(name: &str) -> PathBuf {
     let path = std::env::var_os("PATH").unwrap_or_else(|| "/usr/sbin:/usr/bin:/sbin:/bin".into());
     crate::cmd::find(name, &path).unwrap_or_else(|| name.into())
 }
@@ -330,7 +338,7 @@ fn bubblewrap(spec: &RunSpec, mounted: &Mounted) -> Cmd {
 
 /// Names what a command has outside of its namespaces: runc and the control groups of all runs of
 /// this machine share one room, and process ids are of a namespace.
-fn name_of(spec: &RunSpec) -> String {
+pub(super) fn name_of(spec: &RunSpec) -> String {
     use std::os::unix::ffi::OsStrExt as _;
     crate::oci::digest::Digest::of(spec.work.as_os_str().as_bytes()).short()
 }
@@ -424,10 +432,9 @@ fn spawn(spec: &RunSpec, command: Cmd, stdio: Vec<OwnedFd>, group: Group) -> Res
         output = Some(reader);
     }
     let group = std::sync::Arc::new(group);
-    let (limits, entered) = (spec.limits.clone(), group.clone());
-    before_exec(&mut command, move || entered.enter().and_then(|()| entered.set_rlimits(&limits)));
+    limit(&mut command, spec, &group);
     if !program_is_bubblewrap(&program) {
-        before_exec(&mut command, freeze_control_groups);
+        freeze(&mut command);
     }
     let child = command.spawn().map_err(|error| {
         let name = program.split(' ').next().unwrap_or_default().to_string();
@@ -439,11 +446,22 @@ fn spawn(spec: &RunSpec, command: Cmd, stdio: Vec<OwnedFd>, group: Group) -> Res
         }
     })?;
     drop(command);
-    Ok(Running { child, output, _group: group })
+    Ok(Running { child, output, group, beside: Vec::new() })
+}
+
+/// Puts a command into the control groups of `spec` and under its resource limits.
+pub(super) fn limit(command: &mut Command, spec: &RunSpec, group: &std::sync::Arc<Group>) {
+    let (limits, group) = (spec.limits.clone(), group.clone());
+    before_exec(command, move || group.enter().and_then(|()| group.set_rlimits(&limits)));
 }
 
 fn program_is_bubblewrap(line: &str) -> bool {
     line.split(' ').next().is_some_and(|program| program.ends_with("bwrap"))
+}
+
+/// [`freeze_control_groups`] for a command that is runc.
+pub(super) fn freeze(command: &mut Command) {
+    before_exec(command, freeze_control_groups);
 }
 
 /// Shows runc the control groups read-only, in a mount namespace of its own: as root it would make
@@ -481,7 +499,9 @@ fn before_exec(command: &mut Command, set: impl FnMut() -> std::io::Result<()> +
 struct Running {
     child: Child,
     output: Option<std::io::PipeReader>,
-    _group: std::sync::Arc<Group>,
+    group: std::sync::Arc<Group>,
+    /// Commands that run beside it.
+    beside: Vec<Beside>,
 }
 
 /// Forwards output, signals and connections until the command has ended and its output is read.
@@ -493,7 +513,8 @@ fn follow(spec: &RunSpec, channel: &Channel, running: &mut Running) -> Result<Ex
     let mut timed_out = false;
     let mut ended = false;
     while !(ended && running.output.is_none()) {
-        let left = deadline.filter(|_| !timed_out).map(|deadline| deadline.saturating_duration_since(Instant::now()));
+        let next = deadline.filter(|_| !timed_out).into_iter().chain(running.beside.iter().filter_map(Beside::deadline)).min();
+        let left = next.map(|deadline| deadline.saturating_duration_since(Instant::now()));
         // After the end only what is in the pipe still counts: a stray child may hold it open.
         let wait = if ended { Some(Duration::from_millis(20)) } else { left };
         let timeout = wait.map(|wait| Timespec {
@@ -506,13 +527,15 @@ fn follow(spec: &RunSpec, channel: &Channel, running: &mut Running) -> Result<Ex
             if let Some(output) = &running.output {
                 fds.push(PollFd::from_borrowed_fd(output.as_fd(), PollFlags::IN));
             }
+            fds.extend(running.beside.iter().map(|beside| PollFd::from_borrowed_fd(beside.as_fd(), watch)));
             match poll(&mut fds, timeout.as_ref()) {
                 Ok(_) | Err(rustix::io::Errno::INTR) => {}
                 Err(error) => return Err(error).context("cannot wait for the command"),
             }
             let is = |index: usize| fds.get(index).is_some_and(|fd| !fd.revents().is_empty());
-            (is(0) && !ended, is(1) && !ended, is(2))
+            (is(0) && !ended, is(1) && !ended, running.output.is_some() && is(2))
         };
+        beside::look(&mut running.beside, channel)?;
         if ended && !ready_output {
             break;
         }
@@ -534,6 +557,8 @@ fn follow(spec: &RunSpec, channel: &Channel, running: &mut Running) -> Result<Ex
         }
     }
     let status = running.child.wait().context("cannot wait for the command")?;
+    // The end of the program is the end of its namespaces.
+    beside::end_all(&mut running.beside, channel)?;
     reap();
     Ok(match (status.code(), status.signal()) {
         _ if timed_out => Exit::TimedOut,
@@ -564,7 +589,7 @@ fn control(spec: &RunSpec, channel: &Channel, running: &mut Running) -> Result<(
         kill_tree(running);
         anyhow::bail!("the parent is gone");
     };
-    let Frame::Json(payload, _) = frame else { return Ok(()) };
+    let Frame::Json(payload, fds) = frame else { return Ok(()) };
     match parse::<Request>(&payload)? {
         Request::Signal(libc::SIGKILL) => kill_tree(running),
         Request::Signal(signal) => {
@@ -592,6 +617,16 @@ fn control(spec: &RunSpec, channel: &Channel, running: &mut Running) -> Result<(
                 .args(argv);
             let good = check.output().is_ok_and(|output| output.status.success());
             channel.send(&Event::Checked(good), &[])?;
+        }
+        Request::Sockets { count } => beside::hand_over_sockets(channel, count)?,
+        Request::Beside(asked) => match Beside::start(spec, &running.group, &asked, fds) {
+            Ok(beside) => running.beside.push(beside),
+            Err(error) => channel.send(&Event::BesideEnded { id: asked.id, result: Err(format!("{error:#}")) }, &[])?,
+        },
+        Request::SignalBeside { id, signal } => {
+            if let Some(beside) = running.beside.iter_mut().find(|beside| beside.id == id) {
+                beside.signal(signal);
+            }
         }
         Request::Run(_) | Request::Call { .. } => channel.send(&Event::Note("busy".into()), &[])?,
     }

@@ -21,28 +21,25 @@ pub struct Group {
     locks: Vec<OwnedFd>,
     memory: bool,
     processes: bool,
+    cpus: bool,
 }
 
 impl Group {
     /// Makes the groups `limits` ask for, where it may; what it may not is left to resource limits.
     pub fn make(limits: &Limits, id: &str) -> Self {
         let mut group = Self::default();
-        if limits.memory.is_none() && limits.processes.is_none() {
+        if limits.memory.is_none() && limits.processes.is_none() && limits.millicpus.is_none() {
             return group;
         }
         let own = fs_err::read_to_string("/proc/self/cgroup").unwrap_or_default();
         for line in own.lines() {
             let mut fields = line.splitn(3, ':').skip(1);
             let (Some(controllers), Some(path)) = (fields.next(), fields.next()) else { continue };
-            let (root, files): (PathBuf, [(&str, Option<u64>); 2]) = if controllers.is_empty() {
-                ("/sys/fs/cgroup".into(), [("memory.max", limits.memory), ("pids.max", limits.processes)])
-            } else {
-                (
-                    Path::new("/sys/fs/cgroup").join(controllers),
-                    [("memory.limit_in_bytes", limits.memory), ("pids.max", limits.processes)],
-                )
+            let (root, files) = match controllers.is_empty() {
+                true => (PathBuf::from("/sys/fs/cgroup"), unified(limits)),
+                false => (Path::new("/sys/fs/cgroup").join(controllers), separate(limits)),
             };
-            if !controllers.is_empty() && !controllers.split(',').any(|name| name == "memory" || name == "pids") {
+            if !controllers.is_empty() && !controllers.split(',').any(|name| ["memory", "pids", "cpu"].contains(&name)) {
                 continue;
             }
             let above = root.join(path.trim_start_matches('/'));
@@ -60,17 +57,18 @@ impl Group {
             for (file, value) in files {
                 if let Some(value) = value
                     && dir.join(file).exists()
-                    && std::fs::OpenOptions::new()
+                    && fs_err::OpenOptions::new()
                         .write(true)
                         .open(dir.join(file))
-                        .and_then(|mut file| std::io::Write::write_all(&mut file, value.to_string().as_bytes()))
+                        .and_then(|mut file| std::io::Write::write_all(&mut file, value.as_bytes()))
                         .is_ok()
                 {
                     group.memory |= file.starts_with("memory");
                     group.processes |= file.starts_with("pids");
+                    group.cpus |= file.starts_with("cpu");
                     let swap = dir.join(if controllers.is_empty() { "memory.swap.max" } else { "memory.memsw.limit_in_bytes" });
                     if file.starts_with("memory") && swap.exists() {
-                        let _ = fs_err::write(&swap, if controllers.is_empty() { "0".into() } else { value.to_string() });
+                        let _ = fs_err::write(&swap, if controllers.is_empty() { "0".into() } else { value });
                     }
                 }
             }
@@ -78,6 +76,16 @@ impl Group {
             group.locks.push(lock);
         }
         group
+    }
+
+    /// For a program that is kept: which limits are not kept as they are meant, one sentence each.
+    pub fn missing(&self, limits: &Limits) -> Vec<String> {
+        let words = [
+            (limits.memory.is_some() && !self.memory, "no control group may be made: the limit of memory holds for each process's own data"),
+            (limits.processes.is_some() && !self.processes, "no control group may be made: the limit of processes holds for the user"),
+            (limits.millicpus.is_some() && !self.cpus, "no control group may be made: processors are not limited"),
+        ];
+        words.into_iter().filter(|(missing, _)| *missing && limits.kept).map(|(_, words)| words.to_string()).collect()
     }
 
     /// Puts the calling process in; between fork and exec.
@@ -98,7 +106,7 @@ impl Group {
     pub fn set_rlimits(&self, limits: &Limits) -> std::io::Result<()> {
         use rustix::process::{Resource, Rlimit, getrlimit, setrlimit};
         let wanted = [
-            (Resource::As, limits.memory.filter(|_| !self.memory)),
+            (if limits.kept { Resource::Data } else { Resource::As }, limits.memory.filter(|_| !self.memory)),
             (Resource::Nproc, limits.processes.filter(|_| !self.processes)),
             (Resource::Fsize, limits.file_size),
         ];
@@ -109,6 +117,43 @@ impl Group {
             }
         }
         Ok(())
+    }
+}
+
+/// Period of the processor limit in microseconds, the kernel's default.
+const PERIOD: u64 = 100_000;
+
+/// Files of the unified hierarchy (kernel documentation, cgroup-v2) and what is written to them.
+fn unified(limits: &Limits) -> Vec<(&'static str, Option<String>)> {
+    let text = |value: u64| value.to_string();
+    vec![
+        ("memory.max", limits.memory.map(text)),
+        ("pids.max", limits.processes.map(text)),
+        ("cpu.max", limits.millicpus.map(|millis| format!("{} {PERIOD}", quota(millis)))),
+    ]
+}
+
+/// The same where each controller has a hierarchy of its own (cgroup-v1).
+fn separate(limits: &Limits) -> Vec<(&'static str, Option<String>)> {
+    let text = |value: u64| value.to_string();
+    vec![
+        ("memory.limit_in_bytes", limits.memory.map(text)),
+        ("pids.max", limits.processes.map(text)),
+        ("cpu.cfs_quota_us", limits.millicpus.map(|millis| text(quota(millis)))),
+    ]
+}
+
+/// Microseconds of a period; the kernel takes no less than a millisecond.
+fn quota(millis: u64) -> u64 {
+    (millis * PERIOD / 1000).max(1000)
+}
+
+/// Removes groups that killed programs left beside this process's own.
+pub fn sweep() {
+    for line in fs_err::read_to_string("/proc/self/cgroup").unwrap_or_default().lines() {
+        let mut fields = line.splitn(3, ':').skip(1);
+        let (Some(controllers), Some(path)) = (fields.next(), fields.next()) else { continue };
+        remove_empty(&Path::new("/sys/fs/cgroup").join(controllers).join(path.trim_start_matches('/')));
     }
 }
 

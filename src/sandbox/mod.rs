@@ -9,9 +9,10 @@
 //! init of a process namespace whose end takes every command along, and its mounts exist in a
 //! mount namespace that goes with it. Root goes the same way as anybody, with an identity map.
 
+mod beside;
 pub mod inside;
 pub mod launch;
-mod limits;
+pub mod limits;
 pub mod probe;
 pub mod protocol;
 
@@ -26,7 +27,7 @@ use serde::Serialize;
 use serde::de::DeserializeOwned;
 
 use protocol::{Channel, Event, Frame, Request};
-pub use protocol::{Exit, Limits, Mount, Network, RunSpec};
+pub use protocol::{Beside, Exit, Limits, Mount, Network, RunSpec};
 
 use crate::cmd::Cmd;
 use crate::error::Problem;
@@ -123,7 +124,10 @@ impl Session {
                 Answer::Event(Event::Failed(failure), _) => return Err(failure.into_error()),
                 Answer::Event(Event::Note(text), _) => note(text.into_bytes()),
                 // Answers to what was asked of a command just before it ended.
-                Answer::Event(Event::Connected | Event::Refused(_) | Event::Checked(_), _) => {}
+                Answer::Event(
+                    Event::Connected | Event::Refused(_) | Event::Checked(_) | Event::Sockets | Event::BesideEnded { .. },
+                    _,
+                ) => {}
                 Answer::Event(event, _) => anyhow::bail!("unexpected answer to `{name}`: {event:?}"),
             }
         }
@@ -172,6 +176,26 @@ impl Session {
     /// Asks for a command to be run beside the program.
     pub fn check(&self, argv: &[String]) -> Result<()> {
         self.channel.send(&Request::Check { argv: argv.to_vec() }, &[])
+    }
+
+    /// Asks for sockets of the command's network that are connected to nothing.
+    pub fn sockets(&self, count: usize) -> Result<()> {
+        self.channel.send(&Request::Sockets { count: count.min(protocol::MAX_FDS) }, &[])
+    }
+
+    /// Runs a command beside the program with these standard streams; [`Event::BesideEnded`] tells its end.
+    pub fn beside(&self, beside: &Beside, stdio: [BorrowedFd<'_>; 3]) -> Result<()> {
+        self.channel.send(&Request::Beside(beside.clone()), &stdio)
+    }
+
+    /// Sends `signal` to a command beside the program.
+    pub fn signal_beside(&self, id: u64, signal: i32) -> Result<()> {
+        self.channel.send(&Request::SignalBeside { id, signal }, &[])
+    }
+
+    /// The unshare process: its namespaces are those of all it runs. `None` when it was ended.
+    pub fn process(&self) -> Option<u32> {
+        self.child.lock().ok().and_then(|child| child.as_ref().map(Child::id))
     }
 
     /// The socket, for polling.

@@ -18,8 +18,8 @@ use serde_json::Value;
 
 use crate::error::{Kind, Problem};
 
-/// Most file descriptors one frame carries: standard input, output and error.
-const MAX_FDS: usize = 3;
+/// Most file descriptors one frame carries: standard input, output and error, or a handful of sockets.
+pub const MAX_FDS: usize = 16;
 /// Largest frame; a listing of a large source is a few MiB.
 const MAX_FRAME: usize = 256 << 20;
 
@@ -39,6 +39,24 @@ pub enum Request {
     Check { argv: Vec<String> },
     /// Connect to a loopback port of the namespace; answered by [`Event::Connected`] or [`Event::Refused`].
     Connect { port: u16 },
+    /// Sockets of the command's network, connected to nothing, at most [`MAX_FDS`]; answered by [`Event::Sockets`].
+    Sockets { count: usize },
+    /// Run a command beside the program with the three descriptors of the frame; answered by [`Event::BesideEnded`],
+    /// other requests meanwhile.
+    Beside(Beside),
+    /// Send a signal to a command beside the program; SIGKILL ends all it started.
+    SignalBeside { id: u64, signal: i32 },
+}
+
+/// A command beside the program that runs.
+#[derive(Debug, Clone, Serialize, Deserialize)]
+pub struct Beside {
+    /// Chosen by who asks; never twice.
+    pub id: u64,
+    pub argv: Vec<String>,
+    /// It gets a terminal of its own, joined to the one its standard input is.
+    pub terminal: bool,
+    pub timeout: Option<Duration>,
 }
 
 /// From the unshare process to the program.
@@ -52,6 +70,10 @@ pub enum Event {
     Refused(String),
     /// Whether the command of [`Request::Check`] exited with 0.
     Checked(bool),
+    /// Carries the sockets.
+    Sockets,
+    /// How a command beside the program ended, or why it could not be run.
+    BesideEnded { id: u64, result: Result<Exit, String> },
     /// Something to tell the user while a request runs.
     Note(String),
 }
@@ -163,6 +185,13 @@ pub struct Limits {
     pub processes: Option<u64>,
     /// Bytes.
     pub file_size: Option<u64>,
+    /// Thousandths of a processor.
+    #[serde(default)]
+    pub millicpus: Option<u64>,
+    /// For a program that is kept: where no control group may be made, its own data is limited and not its address
+    /// space, of which some programs reserve much more than they use; what is not limited is told.
+    #[serde(default)]
+    pub kept: bool,
 }
 
 #[derive(Debug, Clone, Serialize, Deserialize)]

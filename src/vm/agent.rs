@@ -196,6 +196,14 @@ impl Agent {
         self.stream.write_all(frame).context("the guest's agent does not read")
     }
 
+    /// What a running command has written to its two streams since this was asked last; [`State::Done`] has the rest.
+    pub fn printed(&mut self, id: u32) -> (Vec<u8>, Vec<u8>) {
+        match self.lock().requests.get_mut(&id) {
+            Some((output, State::Running)) => (std::mem::take(&mut output.stdout), std::mem::take(&mut output.stderr)),
+            _ => (Vec::new(), Vec::new()),
+        }
+    }
+
     /// How far the request `id` is; a finished one is forgotten.
     pub fn poll(&mut self, id: u32) -> State {
         let mut shared = self.lock();

@@ -24,12 +24,14 @@ pub struct Drive {
     pub unsafe_cache: bool,
 }
 
-/// Numbers of the sockets QEMU inherits.
+/// How QEMU is talked to.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
-pub struct Sockets {
-    pub console: i32,
-    pub qmp: i32,
-    pub agent: i32,
+pub enum Sockets {
+    /// Numbers of sockets it inherits: nobody else can connect.
+    Inherited { console: i32, qmp: i32, agent: i32 },
+    /// For a machine that outlives who started it: the console is standard output, `qmp` and `agent` are sockets in the
+    /// folder it runs in.
+    Kept,
 }
 
 /// What was prepared for a start.
@@ -130,11 +132,20 @@ impl Line {
     }
 
     fn channels(&mut self, sockets: Sockets) {
-        self.pair("-chardev", format!("socket,id=console,fd={}", sockets.console));
+        let [console, qmp, agent] = match sockets {
+            Sockets::Inherited { console, qmp, agent } => {
+                [("console", console), ("qmp", qmp), ("agent", agent)].map(|(id, number)| format!("socket,id={id},fd={number}"))
+            }
+            Sockets::Kept => {
+                let socket = |id: &str| format!("socket,id={id},path={id},server=on,wait=off");
+                ["stdio,id=console,signal=off".into(), socket("qmp"), socket("agent")]
+            }
+        };
+        self.pair("-chardev", console);
         self.pair("-serial", "chardev:console");
-        self.pair("-chardev", format!("socket,id=qmp,fd={}", sockets.qmp));
+        self.pair("-chardev", qmp);
         self.pair("-mon", "chardev=qmp,mode=control");
-        self.pair("-chardev", format!("socket,id=agent,fd={}", sockets.agent));
+        self.pair("-chardev", agent);
         self.pair("-device", "virtio-serial-pci");
         self.pair("-device", format!("virtserialport,chardev=agent,name={PORT}"));
     }
@@ -224,7 +235,7 @@ mod tests {
             drives,
             smbios: &[],
             fw_cfg: &[],
-            sockets: Sockets { console: 7, qmp: 8, agent: 9 },
+            sockets: Sockets::Inherited { console: 7, qmp: 8, agent: 9 },
         }
     }
 

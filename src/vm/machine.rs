@@ -182,7 +182,8 @@ impl<'a> Machine<'a> {
     pub fn start(&mut self) -> Result<()> {
         let pair = || UnixStream::pair().context("cannot make a socket pair");
         let ((console, console_end), (qmp, qmp_end), (agent, agent_end)) = (pair()?, pair()?, pair()?);
-        let sockets = Sockets { console: console_end.as_raw_fd(), qmp: qmp_end.as_raw_fd(), agent: agent_end.as_raw_fd() };
+        let [console_fd, qmp_fd, agent_fd] = [&console_end, &qmp_end, &agent_end].map(|end| end.as_raw_fd());
+        let sockets = Sockets::Inherited { console: console_fd, qmp: qmp_fd, agent: agent_fd };
         let prepared = Prepared {
             accelerator: self.choice.accelerator,
             firmware: self.firmware.as_ref(),

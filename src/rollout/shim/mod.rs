@@ -34,7 +34,8 @@ use std::time::Duration;
 use serde::{Deserialize, Serialize};
 use serde_json::Value;
 
-pub use client::{ask, connect, exec, forget, list, logs, start, stop};
+pub use client::{SOCKET, ask, connect, exec, forget, list, logs, start, stop};
+pub(crate) use client::{ask_on, channel};
 pub use supervisor::main;
 
 use super::target::{Limits, Running, VolumeMount};

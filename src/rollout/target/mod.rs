@@ -5,7 +5,9 @@
 //! requests, is decided above. Every call may be made again after the caller was killed: what an
 //! instance is stands with the target, never in the caller's memory.
 
+pub mod docker;
 pub mod local;
+pub mod vm;
 
 use std::collections::BTreeMap;
 use std::fmt;

@@ -1,0 +1,8 @@
+//! The targets `docker` and `vm` against the real thing: a Docker daemon of the test's own, a guest of the appliance.
+
+mod common;
+
+#[path = "engines/docker.rs"]
+mod docker;
+#[path = "engines/image.rs"]
+mod image;
