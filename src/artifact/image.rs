@@ -81,9 +81,7 @@ impl RunConfig {
         let mut argv = self.entrypoint.clone().unwrap_or_default();
         argv.extend(if command.is_empty() { self.cmd.clone().unwrap_or_default() } else { command.to_vec() });
         if argv.is_empty() {
-            return Err(Problem::failed("the image says no command")
-                .hint("give one after `--`, or set `image.command`")
-                .into());
+            return Err(Problem::failed("the image says no command").hint("give one after `--`, or set `image.command`").into());
         }
         let mut env = self.variables();
         if !env.iter().any(|(name, _)| name == "PATH") {

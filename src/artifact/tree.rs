@@ -148,6 +148,8 @@ pub struct Volume {
     pub path: PathBuf,
     /// As in the image's configuration; the volume is theirs when the image has nothing there.
     pub user: String,
+    /// It is theirs whoever owns what the image has there, so that they may write to it.
+    pub give: bool,
 }
 
 /// Dispatches a call in the unshare process.
@@ -258,6 +260,10 @@ fn volume(args: &Volume) -> Result<()> {
                 String::from_utf8_lossy(&status.stderr)
             );
         }
+    }
+    if args.give {
+        let (uid, gid) = crate::sandbox::launch::ids(&args.user, &args.lowers)?;
+        fs_err::os::unix::fs::chown(&args.dir, Some(uid), Some(gid))?;
     }
     Ok(())
 }

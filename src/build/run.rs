@@ -15,9 +15,9 @@ use std::time::{Duration, Instant};
 use anyhow::{Context as _, Result};
 use rustix::event::{PollFd, PollFlags, Timespec, poll};
 
+use super::Build;
 use super::image::HEALTH_LABEL;
 use super::work::{self, Tree, Work};
-use super::Build;
 use crate::artifact::image::{self, RunConfig};
 use crate::artifact::tree::Volume;
 use crate::config::types::HealthCheck;
@@ -113,7 +113,7 @@ fn spec(
         let dir = work.dir().join(format!("volume-{index}"));
         session.call::<_, ()>(
             "volume",
-            &Volume { dir: dir.clone(), lowers: lowers.clone(), path: path.into(), user: config.user.clone() },
+            &Volume { dir: dir.clone(), lowers: lowers.clone(), path: path.into(), user: config.user.clone(), give: false },
         )?;
         mounts.push(Mount::Bind { source: dir, target: path.into(), writable: true });
     }

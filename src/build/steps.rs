@@ -13,13 +13,14 @@ use anyhow::{Context as _, Result};
 
 use super::debian::normalise::Origin;
 use super::host::{Host, name_service};
-use super::inside::{Copy, Exec, Pack, PackedLayer, Read, Seed, Unpack};
+use super::inside::{Copy, Exec, Pack, PackedLayer, Read, Seed};
 use super::plan::{Action, Step};
 use super::record::StepRecord;
 use super::work::{self, Tree, Work};
 use super::{Prepared, debian, host_tree, secret};
 use crate::artifact::image::{Layer, RunConfig};
 use crate::artifact::store::{Descriptor, Store};
+use crate::artifact::tree::Unpack;
 use crate::config::types::{Compression, Configure, Network};
 use crate::error::Problem;
 use crate::fault;

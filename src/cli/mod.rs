@@ -22,6 +22,7 @@ mod init;
 mod instance;
 mod ledger;
 mod meta;
+mod one_instance;
 mod plan;
 mod progress;
 mod promote;
@@ -175,6 +176,9 @@ enum Verb {
     /// Pack a folder as a layer (for the benchmarks)
     #[command(name = "__pack", hide = true)]
     Pack(meta::PackArgs),
+    /// Drive one instance of the local target (for the tests)
+    #[command(name = "__instance", hide = true, subcommand)]
+    Instance(one_instance::Verb),
 }
 
 /// Runs the program.
@@ -254,5 +258,6 @@ fn dispatch(cli: Cli) -> Result<u8> {
         Verb::Completions(args) => meta::completions(&args),
         Verb::Man => meta::man(),
         Verb::Pack(args) => meta::pack(&args),
+        Verb::Instance(verb) => one_instance::run(&global, verb),
     }
 }

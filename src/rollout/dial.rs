@@ -57,7 +57,8 @@ pub async fn dial(address: &Address, port: u16) -> io::Result<TcpStream> {
             Address::Shim(path) => through_shim(path, port).await,
         }
     };
-    let stream = tokio::time::timeout(CONNECT + HAND_OVER, connected).await.map_err(|_| io::Error::from(io::ErrorKind::TimedOut))??;
+    let stream =
+        tokio::time::timeout(CONNECT + HAND_OVER, connected).await.map_err(|_| io::Error::from(io::ErrorKind::TimedOut))??;
     stream.set_nodelay(true)?;
     Ok(stream)
 }

@@ -56,7 +56,8 @@ impl Beside {
         limit(&mut command, spec, group);
         freeze(&mut command);
         let child = command.spawn().context("cannot start `runc exec`")?;
-        let pidfd = rustix::process::pidfd_open(Pid::from_child(&child), PidfdFlags::empty()).context("cannot watch `runc exec`")?;
+        let pidfd =
+            rustix::process::pidfd_open(Pid::from_child(&child), PidfdFlags::empty()).context("cannot watch `runc exec`")?;
         let deadline = asked.timeout.map(|timeout| Instant::now() + timeout);
         Ok(Self { id: asked.id, child, pidfd, deadline, timed_out: false, pid_file })
     }

@@ -14,8 +14,8 @@ use rustix::process::{Pid, Signal};
 use rustix::thread::UnshareFlags;
 use serde_json::Value;
 
-use super::{beside, launch};
 use super::protocol::{Channel, Event, Failure, Frame, Request, parse};
+use super::{beside, launch};
 use crate::error::Problem;
 
 /// Functions that higher levels lend to the unshare process: name and arguments to answer. The

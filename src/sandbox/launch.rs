@@ -56,8 +56,11 @@ pub fn run(spec: &RunSpec, channel: &Channel, stdio: Vec<OwnedFd>) -> Result<Exi
     if spec.program {
         check_program(spec, &mounted.root)?;
     }
-    let command =
-        if user.uid == 0 && user.gid == 0 && !spec.program { bubblewrap(spec, &mounted) } else { runc(spec, &mounted, &user)? };
+    let command = if user.uid == 0 && user.gid == 0 && !spec.program {
+        bubblewrap(spec, &mounted)
+    } else {
+        runc(spec, &mounted, &user, &group)?
+    };
     for missing in group.missing(&spec.limits) {
         channel.send(&Event::Note(missing), &[])?;
     }
@@ -345,7 +348,7 @@ pub(super) fn name_of(spec: &RunSpec) -> String {
 
 /// An OCI runtime bundle (runtime specification 1.0) and the command that runs it. runc is asked
 /// for no control groups and no user namespace: it is in one already.
-fn runc(spec: &RunSpec, mounted: &Mounted, user: &User) -> Result<Cmd> {
+fn runc(spec: &RunSpec, mounted: &Mounted, user: &User, group: &Group) -> Result<Cmd> {
     let bundle = spec.work.join("bundle");
     let state = spec.work.join("runc");
     fs_err::create_dir_all(&bundle)?;
@@ -389,13 +392,19 @@ fn runc(spec: &RunSpec, mounted: &Mounted, user: &User) -> Result<Cmd> {
     if spec.network == Network::None {
         namespaces.push(json!({"type": "network"}));
     }
+    // runc itself has threads and memory of its own, more than some programs are given.
+    let rlimits: Vec<_> = match spec.limits.kept {
+        true => group.rlimits(&spec.limits),
+        false => Vec::new(),
+    };
+    let rlimits: Vec<_> = rlimits.iter().map(|(_, name, value)| json!({"type": name, "soft": value, "hard": value})).collect();
     let held: &[&str] = if user.uid == 0 { &CAPABILITIES } else { &[] };
     let config = json!({
         "ociVersion": "1.0.2",
         "process": {
             "terminal": false,
             "user": {"uid": user.uid, "gid": user.gid, "additionalGids": user.groups},
-            "args": spec.argv, "env": env, "cwd": spec.cwd, "noNewPrivileges": true,
+            "args": spec.argv, "env": env, "cwd": spec.cwd, "noNewPrivileges": true, "rlimits": rlimits,
             "capabilities": {"bounding": CAPABILITIES, "effective": held, "inheritable": [], "permitted": held, "ambient": []},
         },
         "root": {"path": mounted.root, "readonly": spec.read_only},
@@ -449,10 +458,14 @@ fn spawn(spec: &RunSpec, command: Cmd, stdio: Vec<OwnedFd>, group: Group) -> Res
     Ok(Running { child, output, group, beside: Vec::new() })
 }
 
-/// Puts a command into the control groups of `spec` and under its resource limits.
+/// Puts a command into the control groups of `spec` and under its resource limits; those of a program that is kept
+/// are runc's to set.
 pub(super) fn limit(command: &mut Command, spec: &RunSpec, group: &std::sync::Arc<Group>) {
     let (limits, group) = (spec.limits.clone(), group.clone());
-    before_exec(command, move || group.enter().and_then(|()| group.set_rlimits(&limits)));
+    before_exec(command, move || {
+        group.enter()?;
+        if limits.kept { Ok(()) } else { group.set_rlimits(&limits) }
+    });
 }
 
 fn program_is_bubblewrap(line: &str) -> bool {

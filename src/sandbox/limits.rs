@@ -81,8 +81,14 @@ impl Group {
     /// For a program that is kept: which limits are not kept as they are meant, one sentence each.
     pub fn missing(&self, limits: &Limits) -> Vec<String> {
         let words = [
-            (limits.memory.is_some() && !self.memory, "no control group may be made: the limit of memory holds for each process's own data"),
-            (limits.processes.is_some() && !self.processes, "no control group may be made: the limit of processes holds for the user"),
+            (
+                limits.memory.is_some() && !self.memory,
+                "no control group may be made: the limit of memory holds for each process's own data",
+            ),
+            (
+                limits.processes.is_some() && !self.processes,
+                "no control group may be made: the limit of processes holds for the user",
+            ),
             (limits.millicpus.is_some() && !self.cpus, "no control group may be made: processors are not limited"),
         ];
         words.into_iter().filter(|(missing, _)| *missing && limits.kept).map(|(_, words)| words.to_string()).collect()
@@ -101,22 +107,28 @@ impl Group {
         Ok(())
     }
 
-    /// Sets what no control group covers as resource limits of the calling process; never above
-    /// the hard limit it inherited, which would need a capability.
+    /// Sets what no control group covers as resource limits of the calling process.
     pub fn set_rlimits(&self, limits: &Limits) -> std::io::Result<()> {
-        use rustix::process::{Resource, Rlimit, getrlimit, setrlimit};
-        let wanted = [
-            (if limits.kept { Resource::Data } else { Resource::As }, limits.memory.filter(|_| !self.memory)),
-            (Resource::Nproc, limits.processes.filter(|_| !self.processes)),
-            (Resource::Fsize, limits.file_size),
-        ];
-        for (resource, value) in wanted {
-            if let Some(value) = value {
-                let value = getrlimit(resource).maximum.map_or(value, |hard| hard.min(value));
-                setrlimit(resource, Rlimit { current: Some(value), maximum: Some(value) })?;
-            }
+        for (resource, _, value) in self.rlimits(limits) {
+            rustix::process::setrlimit(resource, rustix::process::Rlimit { current: Some(value), maximum: Some(value) })?;
         }
         Ok(())
+    }
+
+    /// The resource limits for what no control group covers, with the names an OCI runtime has for them (getrlimit(2));
+    /// never above the hard limit that is inherited, which would need a capability.
+    pub fn rlimits(&self, limits: &Limits) -> Vec<(rustix::process::Resource, &'static str, u64)> {
+        use rustix::process::{Resource, getrlimit};
+        let (memory, name) = if limits.kept { (Resource::Data, "RLIMIT_DATA") } else { (Resource::As, "RLIMIT_AS") };
+        let wanted = [
+            (memory, name, limits.memory.filter(|_| !self.memory)),
+            (Resource::Nproc, "RLIMIT_NPROC", limits.processes.filter(|_| !self.processes)),
+            (Resource::Fsize, "RLIMIT_FSIZE", limits.file_size),
+        ];
+        let known = wanted.into_iter().filter_map(|(resource, name, value)| Some((resource, name, value?)));
+        known
+            .map(|(resource, name, value)| (resource, name, getrlimit(resource).maximum.map_or(value, |hard| hard.min(value))))
+            .collect()
     }
 }
 

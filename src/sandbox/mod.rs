@@ -26,8 +26,8 @@ use anyhow::{Context as _, Result};
 use serde::Serialize;
 use serde::de::DeserializeOwned;
 
-use protocol::{Channel, Event, Frame, Request};
 pub use protocol::{Beside, Exit, Limits, Mount, Network, RunSpec};
+use protocol::{Channel, Event, Frame, Request};
 
 use crate::cmd::Cmd;
 use crate::error::Problem;

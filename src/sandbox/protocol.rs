@@ -73,7 +73,10 @@ pub enum Event {
     /// Carries the sockets.
     Sockets,
     /// How a command beside the program ended, or why it could not be run.
-    BesideEnded { id: u64, result: Result<Exit, String> },
+    BesideEnded {
+        id: u64,
+        result: Result<Exit, String>,
+    },
     /// Something to tell the user while a request runs.
     Note(String),
 }

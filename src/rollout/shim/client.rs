@@ -31,21 +31,17 @@ const REMOVE: Duration = Duration::from_secs(30);
 const GONE: Duration = Duration::from_secs(5);
 /// Shells' convention: 128 and the signal.
 const SIGNALLED: i32 = 128;
-/// All but the log and the lock, the one that says there is an instance last.
-const FILES: [&str; 5] = [SOCKET, "status.json", "pid", ".tmp", "instance.json"];
+/// What outlives an instance.
+const KEPT: [&str; 3] = ["log", "log.1", "lock"];
+/// What says that there is one.
+const RECORD: &str = "instance.json";
 
 /// Starts the shim of `dir` and with it the instance; answers whether there was none before. One that is there, and
 /// whose shim lives, is left as it is. `program` is this program.
 ///
 /// # Errors
 /// What the shim says; nothing of the instance is left then.
-pub fn start(
-    program: &Path,
-    dir: &Path,
-    instance: &Instance,
-    owned: &Owned,
-    secrets: &BTreeMap<String, Secret>,
-) -> Result<bool> {
+pub fn start(program: &Path, dir: &Path, instance: &Instance, owned: &Owned, secrets: &BTreeMap<String, Secret>) -> Result<bool> {
     if is_held(dir)? {
         return Ok(false);
     }
@@ -86,8 +82,10 @@ pub fn list(instances: &Path, kind: &str) -> Result<Vec<Seen>> {
     };
     for entry in entries {
         let dir = entry?.path();
-        let instance: Instance = match fs_err::read(dir.join("instance.json")) {
-            Ok(bytes) => serde_json::from_slice(&bytes).with_context(|| format!("`{}` has a broken instance.json", dir.display()))?,
+        let instance: Instance = match fs_err::read(dir.join(RECORD)) {
+            Ok(bytes) => {
+                serde_json::from_slice(&bytes).with_context(|| format!("`{}` has a broken instance.json", dir.display()))?
+            }
             Err(error) if matches!(error.kind(), std::io::ErrorKind::NotFound | std::io::ErrorKind::NotADirectory) => continue,
             Err(error) => return Err(error.into()),
         };
@@ -107,8 +105,7 @@ pub fn list(instances: &Path, kind: &str) -> Result<Vec<Seen>> {
 
 /// How the instance in `dir` is, and whether its shim lives.
 fn state(dir: &Path) -> Result<(State, bool)> {
-    let last: Option<State> =
-        fs_err::read(dir.join("status.json")).ok().and_then(|bytes| serde_json::from_slice(&bytes).ok());
+    let last: Option<State> = fs_err::read(dir.join("status.json")).ok().and_then(|bytes| serde_json::from_slice(&bytes).ok());
     let last = last.unwrap_or(State { status: Running::Starting, restarts: 0, memory: None, last: None, notes: Vec::new() });
     if is_held(dir)? {
         return Ok(match ask(dir, &Request::Status, ANSWER) {
@@ -290,8 +287,8 @@ impl Drop for Passing {
 
 fn pass_signals(channel: &Channel, terminal: bool) -> Result<Passing> {
     use signal_hook::consts::{SIGHUP, SIGINT, SIGQUIT, SIGTERM, SIGWINCH};
-    let mut signals = signal_hook::iterator::Signals::new([SIGINT, SIGTERM, SIGHUP, SIGQUIT, SIGWINCH])
-        .context("cannot watch for signals")?;
+    let mut signals =
+        signal_hook::iterator::Signals::new([SIGINT, SIGTERM, SIGHUP, SIGQUIT, SIGWINCH]).context("cannot watch for signals")?;
     let handle = signals.handle();
     let channel = Channel(channel.0.try_clone()?);
     std::thread::spawn(move || {
@@ -371,15 +368,20 @@ pub(super) fn clean(program: &Path, dir: &Path) -> Result<()> {
     remove_files(dir)
 }
 
-/// Removes the files of an instance, all but the log.
+/// Removes the files of an instance, all but the log; what says that there is one goes last.
 pub(super) fn remove_files(dir: &Path) -> Result<()> {
-    for name in FILES {
-        match fs_err::remove_file(dir.join(name)) {
-            Err(error) if error.kind() != std::io::ErrorKind::NotFound => return Err(error.into()),
-            _ => {}
+    for entry in fs_err::read_dir(dir)? {
+        let entry = entry?;
+        let name = entry.file_name();
+        if entry.file_type()?.is_dir() || name == RECORD || KEPT.iter().any(|kept| name == *kept) {
+            continue;
         }
+        fs_err::remove_file(entry.path())?;
     }
-    Ok(())
+    match fs_err::remove_file(dir.join(RECORD)) {
+        Err(error) if error.kind() != std::io::ErrorKind::NotFound => Err(error.into()),
+        _ => Ok(()),
+    }
 }
 
 /// Removes a folder in which there is no log; the caller holds the lock.

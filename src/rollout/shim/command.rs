@@ -87,7 +87,8 @@ impl Own for Command {
 
     fn start(&mut self, output: &OwnedFd) -> Result<()> {
         let child = self.command(&self.argv, output)?.spawn()?;
-        let pidfd = rustix::process::pidfd_open(Pid::from_child(&child), PidfdFlags::empty()).context("cannot watch the command")?;
+        let pidfd =
+            rustix::process::pidfd_open(Pid::from_child(&child), PidfdFlags::empty()).context("cannot watch the command")?;
         self.running = Some((child, pidfd));
         Ok(())
     }
@@ -144,7 +145,7 @@ impl Own for Command {
     }
 
     fn remove(&mut self) -> Result<()> {
-        for (mut child, _) in self.running.take() {
+        if let Some((mut child, _)) = self.running.take() {
             let _ = child.kill();
             child.wait().context("cannot wait for the command")?;
         }

@@ -56,6 +56,8 @@ impl Log {
         }
         let result = if self.lost.is_none() { self.try_write(bytes) } else { Err((0, String::new())) };
         if let Err((done, why)) = result {
+            // Opened anew for the next: what stands at its place may be another file by then.
+            self.file = None;
             let missing = bytes.len() as u64 - done;
             let lost = self.lost.get_or_insert((0, why));
             lost.0 += missing;
@@ -104,13 +106,7 @@ impl Log {
 
 /// Gives the last `lines` lines in `dir` to `sink`, then with `follow` what comes, until `sink` answers false or
 /// `alive` does and everything was read. `sink` gets an empty chunk at least every second.
-pub fn read(
-    dir: &Path,
-    lines: usize,
-    follow: bool,
-    alive: &dyn Fn() -> bool,
-    sink: &mut dyn FnMut(&[u8]) -> bool,
-) -> Result<()> {
+pub fn read(dir: &Path, lines: usize, follow: bool, alive: &dyn Fn() -> bool, sink: &mut dyn FnMut(&[u8]) -> bool) -> Result<()> {
     let mut file = open(dir)?;
     let mut last: VecDeque<Vec<u8>> = VecDeque::new();
     let before = tail(&dir.join("log.1"), lines)?;
@@ -300,8 +296,10 @@ mod tests {
         log.write(b"lost\n");
         log.write(b"lost too\n");
         fs_err::remove_file(dir.path().join("log")).unwrap();
-        log.file = None;
         log.write(b"kept\n");
-        assert_eq!(lines(dir.path(), 9), "\npipeline: 14 bytes of output are lost: No space left on device (os error 28)\nkept\n");
+        assert_eq!(
+            lines(dir.path(), 9),
+            "\npipeline: 14 bytes of output are lost: No space left on device (os error 28)\nkept\n"
+        );
     }
 }

@@ -7,6 +7,7 @@
 use std::collections::BTreeMap;
 use std::ffi::{OsStr, OsString};
 use std::os::fd::{AsFd as _, BorrowedFd, OwnedFd};
+use std::os::unix::fs::DirBuilderExt as _;
 use std::path::{Path, PathBuf};
 use std::sync::Arc;
 
@@ -72,7 +73,8 @@ impl Program {
     /// The unshare process with its network; a new one when there is none.
     fn open(&mut self) -> Result<Option<String>> {
         if self.session.is_none() {
-            let options = sandbox::Options { program: "/proc/self/exe".into(), own_network: true, interactive: false, fault: None };
+            let options =
+                sandbox::Options { program: "/proc/self/exe".into(), own_network: true, interactive: false, fault: None };
             let session = Session::start(&options).context("this machine does not let pipeline make its sandbox")?;
             self.way = None;
             self.session = Some(session);
@@ -101,7 +103,8 @@ impl Program {
             .parent()
             .zip(volume.source.file_name())
             .with_context(|| format!("`{}` is no place for a volume", volume.source.display()))?;
-        fs_err::create_dir_all(parent)?;
+        let made = std::fs::DirBuilder::new().recursive(true).mode(0o700).create(parent);
+        made.with_context(|| format!("cannot make `{}`", parent.display()))?;
         let name = name.to_string_lossy();
         let _lock = Lock::wait(&parent.join(format!(".{name}.lock")), Hold::Exclusive)?;
         if volume.source.symlink_metadata().is_err() {
@@ -116,7 +119,8 @@ impl Program {
 
     /// Makes a folder with what the image has at `path`.
     fn fill(&self, lowers: &[PathBuf], dir: &Path, path: &str) -> Result<()> {
-        let args = Volume { dir: dir.into(), lowers: lowers.to_vec(), path: path.into(), user: self.image.user.clone() };
+        let args =
+            Volume { dir: dir.into(), lowers: lowers.to_vec(), path: path.into(), user: self.image.user.clone(), give: true };
         self.session()?.call("volume", &args)
     }
 
@@ -249,6 +253,10 @@ impl Own for Program {
     }
 
     fn start(&mut self, output: &OwnedFd) -> Result<()> {
+        // Asked for between two runs: the answers would be taken for others'.
+        for (_, reply) in std::mem::take(&mut self.beside) {
+            refuse(&reply, "the program does not run");
+        }
         self.open()?;
         let spec = self.run_spec()?;
         let null = fs_err::File::open("/dev/null")?;
@@ -330,7 +338,8 @@ impl Own for Program {
         } else {
             // It did not end even when it was killed: end everything around it, and remove from outside.
             self.lost();
-            let options = sandbox::Options { program: "/proc/self/exe".into(), own_network: false, interactive: false, fault: None };
+            let options =
+                sandbox::Options { program: "/proc/self/exe".into(), own_network: false, interactive: false, fault: None };
             Session::start(&options)?.call::<_, ()>("remove", &self.work)?;
         }
         self.lost();

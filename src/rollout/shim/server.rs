@@ -41,12 +41,22 @@ const CHECK_REST: Duration = Duration::from_millis(200);
 
 /// What only the shim's own thread may do.
 pub(super) enum Job {
-    Stop { grace: Duration, channel: Channel },
+    Stop {
+        grace: Duration,
+        channel: Channel,
+    },
     Memory(Sender<Option<u64>>),
     /// More sockets for [`Sockets`].
     Sockets,
-    Beside { beside: Beside, stdio: [OwnedFd; 3], reply: Reply },
-    SignalBeside { id: u64, signal: i32 },
+    Beside {
+        beside: Beside,
+        stdio: [OwnedFd; 3],
+        reply: Reply,
+    },
+    SignalBeside {
+        id: u64,
+        signal: i32,
+    },
 }
 
 /// Who gets to know how a command beside the program ended.
@@ -245,7 +255,9 @@ impl Client {
         let last = output.lines().rev().find(|line| !line.trim().is_empty()).map(str::to_string);
         Ok(match result {
             Ok(Exit::Code(0)) => Response::Checked { good: true, last: last.unwrap_or_default() },
-            Ok(Exit::TimedOut) => Response::Checked { good: false, last: format!("no answer within {} s", timeout.as_secs_f64()) },
+            Ok(Exit::TimedOut) => {
+                Response::Checked { good: false, last: format!("no answer within {} s", timeout.as_secs_f64()) }
+            }
             Ok(exit) => Response::Checked { good: false, last: last.unwrap_or_else(|| words(exit)) },
             Err(why) => Response::Checked { good: false, last: why },
         })

@@ -106,7 +106,8 @@ fn relay(dir: &str, path: &OsStr) -> Result<()> {
 /// The second process.
 fn keep(dir: &Path, path: &OsStr) -> Result<()> {
     let channel = crate::sandbox::inside::socket()?;
-    rustix::process::umask(rustix::fs::Mode::from_raw_mode(0o077));
+    // What is made in the store is as a build makes it; the instance's folder is the user's alone.
+    rustix::process::umask(rustix::fs::Mode::from_raw_mode(0o022));
     rustix::process::chdir("/").context("cannot enter `/`")?;
     let handed: Handed = match channel.receive()? {
         Some(Frame::Json(payload, _)) => parse(&payload)?,
@@ -164,13 +165,8 @@ impl Shim {
     }
 
     fn make(dir: &Path, handed: Handed, path: &OsStr, lock: OwnedFd) -> Result<Self> {
-        let state = Arc::new(Mutex::new(State {
-            status: Running::Starting,
-            restarts: 0,
-            memory: None,
-            last: None,
-            notes: Vec::new(),
-        }));
+        let state =
+            Arc::new(Mutex::new(State { status: Running::Starting, restarts: 0, memory: None, last: None, notes: Vec::new() }));
         write_cache(&dir.join("pid"), format!("{}\n{}\n", client::myself()?, boot_id()?).as_bytes())?;
         write_atomic(&dir.join("instance.json"), &serde_json::to_vec_pretty(&handed.instance)?)?;
         let listener = bind(dir)?;
@@ -184,12 +180,13 @@ impl Shim {
         let pumped = output.clone();
         std::thread::spawn(move || pumped.follow());
         let asking = Asking { jobs: asked, waker: Arc::new(waker.into()) };
-        let secrets: Vec<(String, Secret)> =
-            handed.secrets.into_iter().map(|(name, bytes)| (name, Secret::new(bytes))).collect();
+        let secrets: Vec<(String, Secret)> = handed.secrets.into_iter().map(|(name, bytes)| (name, Secret::new(bytes))).collect();
         let sockets = Arc::new(server::Sockets::default());
         let mut own: Box<dyn Own> = match handed.owned {
             Owned::Program(spec) => Box::new(Program::new(dir, spec, secrets, path, sockets.clone())),
-            Owned::Command { argv, env, stop } => Box::new(Command::new(dir, argv, env, stop, secrets, path, writer.try_clone()?.into())),
+            Owned::Command { argv, env, stop } => {
+                Box::new(Command::new(dir, argv, env, stop, secrets, path, writer.try_clone()?.into()))
+            }
         };
         server::serve(listener, asking, state.clone(), sockets);
         let notes = own.prepare()?;
@@ -229,7 +226,13 @@ impl Shim {
             }
             let notes = self.own.notes();
             if !notes.is_empty() {
-                self.tell(|state| notes.iter().for_each(|note| if !state.notes.contains(note) { state.notes.push(note.clone()) }));
+                self.tell(|state| {
+                    notes.iter().for_each(|note| {
+                        if !state.notes.contains(note) {
+                            state.notes.push(note.clone())
+                        }
+                    })
+                });
             }
             self.timers();
         }
