@@ -52,13 +52,18 @@ impl Place {
 impl Office {
     /// Opens the ledger. `pipeline`: the one that is meant, where a verb names it.
     pub fn open(global: &Global, pipeline: Option<&str>) -> Result<Self> {
+        Self::open_as(global, pipeline, None)
+    }
+
+    /// As [`Office::open`]; decisions are made in the name `name`, where one is given.
+    pub fn open_as(global: &Global, pipeline: Option<&str>, name: Option<&str>) -> Result<Self> {
         let around = ui::Surroundings::new(global)?;
         let here = match pipeline {
             Some(name) => around.pipeline(Some(name)).ok(),
             None => around.pipeline(None).ok(),
         };
         let settings = here.as_ref().map(|here| here.releases.ledger.clone()).unwrap_or_default();
-        let git = Git::read(&around)?;
+        let git = Git::read(&around, name)?;
         let keys: Vec<PathBuf> = git.signing_key.iter().cloned().collect();
         let url = around.host.variables.get(REMOTE).cloned().or(settings.remote);
         let remote = url.map(|url| Remote::new(&url, &keys));
@@ -170,7 +175,7 @@ struct Git {
 }
 
 impl Git {
-    fn read(around: &ui::Surroundings) -> Result<Self> {
+    fn read(around: &ui::Surroundings, given: Option<&str>) -> Result<Self> {
         let config = match git2::Repository::discover(&around.cwd) {
             Ok(repository) => repository.config(),
             Err(_) => git2::Config::open_default(),
@@ -178,7 +183,7 @@ impl Git {
         let config = config.and_then(|mut config| config.snapshot()).context("cannot read Git's settings")?;
         let variable = |name: &str| around.host.variables.get(name).filter(|value| !value.is_empty()).cloned();
         let get = |key: &str| config.get_string(key).ok().filter(|value| !value.is_empty());
-        let name = variable("GIT_AUTHOR_NAME").or_else(|| get("user.name"));
+        let name = given.map(str::to_owned).or_else(|| variable("GIT_AUTHOR_NAME")).or_else(|| get("user.name"));
         let Some(name) = name else {
             return Err(Problem::usage("Git does not know who you are, and the ledger keeps who decided")
                 .hint("`git config --global user.name NAME` and `user.email`, or GIT_AUTHOR_NAME and GIT_AUTHOR_EMAIL")

@@ -85,7 +85,7 @@ pub fn run(
     let switch = Switch::new(switch_settings, dial.clone())?;
     let shared = Arc::new(Shared::new(world, switch.clone(), folder, Dial(dial), state, read_only));
     let runtime = tokio::runtime::Builder::new_current_thread().enable_all().build().context("cannot start the runtime")?;
-    let _inside = runtime.enter();
+    let inside = runtime.enter();
     start(&shared, settings, ended, runtime.handle())?;
     // Nobody is sent anywhere before the table is known.
     runtime.block_on(first_pass(&shared));
@@ -123,6 +123,7 @@ pub fn run(
         switch.shutdown(DRAIN).await;
         server.abort();
     });
+    drop(inside);
     runtime.shutdown_background();
     Ok(())
 }
