@@ -353,6 +353,24 @@ impl World for Here {
         }
     }
 
+    fn ready(&self) {
+        // sd_notify(3): with the process that is the service's from now on, for `--replace`.
+        let Some(path) = self.host.variables.get("NOTIFY_SOCKET") else { return };
+        let told = || -> std::io::Result<()> {
+            use std::os::linux::net::SocketAddrExt as _;
+            use std::os::unix::net::{SocketAddr, UnixDatagram};
+            let address = match path.strip_prefix('@') {
+                Some(name) => SocketAddr::from_abstract_name(name)?,
+                None => SocketAddr::from_pathname(path)?,
+            };
+            let message = format!("READY=1\nMAINPID={}\n", std::process::id());
+            UnixDatagram::unbound()?.send_to_addr(message.as_bytes(), &address).map(drop)
+        };
+        if let Err(error) = told() {
+            self.warn(&format!("systemd cannot be told that the daemon serves: {error}"));
+        }
+    }
+
     fn warn(&self, text: &str) {
         self.shown.warn(text.to_owned());
     }

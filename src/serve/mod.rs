@@ -106,6 +106,7 @@ pub fn run(
     }
     let replaced = Arc::new(AtomicBool::new(false));
     succession(&shared, &replace, listeners, lock, &replaced)?;
+    shared.world.ready();
     shared.world.note("serving");
     runtime.block_on(async {
         while !ended.load(Ordering::SeqCst) && !replaced.load(Ordering::SeqCst) {

@@ -224,6 +224,8 @@ impl World for Town {
     }
 
     fn note(&self, _text: &str) {}
+
+    fn ready(&self) {}
 }
 
 fn generation(number: u8, instances: u32, exclusive: bool) -> Generation {
