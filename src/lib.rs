@@ -4,6 +4,7 @@
 
 // 4 · talks to people
 pub mod cli;
+pub mod serve;
 // 3 · flows
 pub mod bake;
 pub mod build;

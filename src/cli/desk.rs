@@ -1,6 +1,6 @@
 //! What the verbs about environments share: where the ledger is, who decides, which environment is meant.
 
-use std::path::PathBuf;
+use std::path::{Path, PathBuf};
 use std::sync::Arc;
 
 use anyhow::{Context as _, Result};
@@ -55,15 +55,22 @@ impl Place {
 impl Office {
     /// Opens the ledger for somebody who decides. `pipeline`: the one that is meant, where a verb names it.
     pub fn open(global: &Global, pipeline: Option<&str>) -> Result<Self> {
-        Self::open_for(global, pipeline, true)
+        Self::open_for(global, pipeline, Some(None))
+    }
+
+    /// As [`Office::open`]; decisions are made in the name `name`.
+    pub fn open_as(global: &Global, pipeline: Option<&str>, name: &str) -> Result<Self> {
+        Self::open_for(global, pipeline, Some(Some(name)))
     }
 
     /// Opens the ledger for somebody who looks at it, and need not be known to Git.
     pub fn open_to_read(global: &Global, pipeline: Option<&str>) -> Result<Self> {
-        Self::open_for(global, pipeline, false)
+        Self::open_for(global, pipeline, None)
     }
 
-    fn open_for(global: &Global, pipeline: Option<&str>, decides: bool) -> Result<Self> {
+    /// `decides`: whether decisions are made, and in which name when not in Git's.
+    fn open_for(global: &Global, pipeline: Option<&str>, decides: Option<Option<&str>>) -> Result<Self> {
+        let (decides, given) = (decides.is_some(), decides.flatten());
         let around = ui::Surroundings::new(global)?;
         let here = match (crate::config::find(pipeline, &around.cwd), decides) {
             (Err(_), _) => None,
@@ -72,7 +79,7 @@ impl Office {
             (Ok(file), false) => crate::config::load(&file, &around.cwd).ok(),
         };
         let settings = here.as_ref().map(|here| here.releases.ledger.clone()).unwrap_or_default();
-        let git = Git::read(&around)?;
+        let git = Git::read(&around, given)?;
         let name = match git.name {
             Some(name) => name,
             None if decides => {
@@ -83,10 +90,7 @@ impl Office {
             None => String::new(),
         };
         let keys: Vec<PathBuf> = git.signing_key.iter().cloned().chain(around.host.ssh_keys()).collect();
-        let state = around.store.state("ledger");
-        let rules =
-            Arc::new(|commit: &Commit, before: Option<&Snapshot>, after: &Snapshot| Ok(audit::check(commit, before, after)));
-        let ledger = Ledger::open(&state.join("ledger.git"), &state.join("seen.json"))?.with_rules(rules);
+        let ledger = open_ledger(&around.store.state("ledger"))?;
         // Who only looks may be here because something is wrong with it.
         let shared = if decides { ledger.shared()? } else { ledger.shared().unwrap_or_default() };
         let wanted = around.host.variables.get(REMOTE).cloned().or(settings.remote);
@@ -201,6 +205,12 @@ impl Office {
     }
 }
 
+/// The ledger in the folder `state`, which follows a remote only as far as its decisions are sound.
+pub fn open_ledger(state: &Path) -> Result<Ledger> {
+    let rules = |commit: &Commit, before: Option<&Snapshot>, after: &Snapshot| Ok(audit::check(commit, before, after));
+    Ok(Ledger::open(&state.join("ledger.git"), &state.join("seen.json"))?.with_rules(Arc::new(rules)))
+}
+
 /// Whether a policy in the ledger makes keys count.
 fn has_people(ledger: &Ledger) -> Result<bool> {
     let snapshot = ledger.snapshot()?;
@@ -224,7 +234,7 @@ struct Git {
 }
 
 impl Git {
-    fn read(around: &ui::Surroundings) -> Result<Self> {
+    fn read(around: &ui::Surroundings, given: Option<&str>) -> Result<Self> {
         let config = match git2::Repository::discover(&around.cwd) {
             Ok(repository) => repository.config(),
             Err(_) => git2::Config::open_default(),
@@ -232,7 +242,7 @@ impl Git {
         let config = config.and_then(|mut config| config.snapshot()).context("cannot read Git's settings")?;
         let variable = |name: &str| around.host.variables.get(name).filter(|value| !value.is_empty()).cloned();
         let get = |key: &str| config.get_string(key).ok().filter(|value| !value.is_empty());
-        let name = variable("GIT_AUTHOR_NAME").or_else(|| get("user.name"));
+        let name = given.map(str::to_owned).or_else(|| variable("GIT_AUTHOR_NAME")).or_else(|| get("user.name"));
         let email = variable("GIT_AUTHOR_EMAIL").or_else(|| get("user.email")).unwrap_or_else(|| "unknown".into());
         let is_ssh = get("gpg.format").is_some_and(|format| format == "ssh");
         let home = around.host.home.clone();

@@ -20,9 +20,9 @@ mod follow;
 mod hold;
 mod init;
 mod instance;
-mod kept;
 mod ledger;
 mod meta;
+mod one_instance;
 mod plan;
 mod progress;
 mod promote;
@@ -32,6 +32,7 @@ mod release;
 mod report;
 mod rollout;
 mod run;
+mod serve;
 mod signals;
 mod signed;
 mod status;
@@ -122,6 +123,8 @@ enum Verb {
     Approve(hold::ApproveArgs),
     /// Go back to the release that was healthy before, with its configuration; leaves a hold
     Rollback(promote::RollbackArgs),
+    /// Serve: bring what runs to what the ledger says, and take the requests for it
+    Serve(serve::Args),
     /// Pause, resume or end the rollout of an environment that a daemon serves
     #[command(subcommand)]
     Rollout(rollout::Verb),
@@ -178,7 +181,7 @@ enum Verb {
     Pack(meta::PackArgs),
     /// Drive one instance of the local target (for the tests)
     #[command(name = "__instance", hide = true, subcommand)]
-    Instance(kept::Verb),
+    Instance(one_instance::Verb),
 }
 
 /// Runs the program.
@@ -189,6 +192,10 @@ pub fn main() -> ExitCode {
     }
     if args.get(1).is_some_and(|verb| verb == shim::VERB) {
         return shim::main(&args[2..], &std::env::var_os("PATH").unwrap_or_default());
+    }
+    if args.get(1).is_some_and(|verb| verb == crate::serve::sockets::VERB) {
+        let held = args.get(2).map_or(Ok(()), |path| serve::hold(std::path::Path::new(path)));
+        return held.map_or_else(|error| ExitCode::from(ui::fail(&error, false)), |()| ExitCode::SUCCESS);
     }
     let cli = Cli::parse();
     let counts_faults = cli.global.fault == Some(0);
@@ -233,6 +240,7 @@ fn dispatch(cli: Cli) -> Result<u8> {
         Verb::Environment(verb) => environment::run(&global, verb),
         Verb::Status(args) => status::status(&global, args),
         Verb::Promote(args) => promote::promote(&global, args),
+        Verb::Serve(args) => serve::run(&global, args),
         Verb::Rollout(verb) => rollout::run(&global, verb),
         Verb::Maintenance(args) => rollout::maintenance(&global, args),
         Verb::Logs(args) => instance::logs(&global, args, &targets::target_for),
@@ -258,6 +266,6 @@ fn dispatch(cli: Cli) -> Result<u8> {
         Verb::Completions(args) => meta::completions(&args),
         Verb::Man => meta::man(),
         Verb::Pack(args) => meta::pack(&args),
-        Verb::Instance(verb) => kept::run(&global, verb),
+        Verb::Instance(verb) => one_instance::run(&global, verb),
     }
 }

@@ -160,7 +160,8 @@ impl<'s> Walk<'s, '_> {
         Value::Object(object)
     }
 
-    /// Tries all forms and keeps the one with the fewest problems; for variants with one key each, names the keys.
+    /// Tries all forms and keeps the one with the fewest problems, of those that are a mapping, a list or a plain value as the
+    /// node is, when there are any; for variants with one key each, names the keys.
     fn one_of(&mut self, node: &Node, place: &Place<'_>, forms: &[&'s Value]) -> Value {
         let variants: Vec<&str> = forms.iter().flat_map(|form| names(form.get("required"))).collect();
         if variants.len() == forms.len()
@@ -176,12 +177,12 @@ impl<'s> Walk<'s, '_> {
             self.findings.add(place, message, hint.map(|name| format!("did you mean `{name}`?")));
             return Value::Null;
         }
-        let mut best: Option<(usize, Findings, Value)> = None;
+        let mut best: Option<((bool, usize), Findings, Value)> = None;
         for form in forms {
             let mut findings = self.findings.clone();
             let before = findings.len();
             let value = Walk { root: self.root, findings: &mut findings }.value(node, place, form);
-            let problems = findings.len() - before;
+            let problems = (!self.is_like(form, node), findings.len() - before);
             if best.as_ref().is_none_or(|(fewest, ..)| problems < *fewest) {
                 best = Some((problems, findings, value));
             }
@@ -189,6 +190,16 @@ impl<'s> Walk<'s, '_> {
         let Some((_, findings, value)) = best else { return Value::Null };
         *self.findings = findings;
         value
+    }
+
+    /// Whether `form` is a mapping, a list or a plain value as `node` is.
+    fn is_like(&self, form: &'s Value, node: &Node) -> bool {
+        match self.want(form).0 {
+            Want::Anything | Want::OneOf(_) => true,
+            Want::Object(_) => matches!(node.content, Content::Mapping(_)),
+            Want::List(_) => matches!(node.content, Content::Sequence(_)),
+            Want::Text(_) | Want::Whole(_) | Want::Number | Want::Boolean => matches!(node.content, Content::Scalar { .. }),
+        }
     }
 
     /// A value no schema speaks of, by YAML's core schema.

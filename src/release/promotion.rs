@@ -49,6 +49,8 @@ pub enum Back {
     Last,
     /// The newest pair with this release.
     To(Digest),
+    /// Exactly this pair: release and digest of the configuration. It is what runs, and what the daemon goes back to.
+    Pair(Digest, Digest),
 }
 
 /// Who wants it, and how.
@@ -356,6 +358,11 @@ pub fn back(state: &State, back: Back) -> Result<state::Binding, Refused> {
                 None => refused.hint("this is the first one"),
             }
         }),
+        Back::Pair(release, config) => {
+            let past = state.before.iter().find(|past| past.binding.pair() == (release, config));
+            past.map(|past| past.binding.clone())
+                .ok_or_else(|| none(format!("release `{}` with that configuration was not in `{}`", release.short(), state.name())))
+        }
         Back::To(release) => {
             let current = state.current.as_ref().map(state::Binding::pair);
             let other = state.before.iter().find(|past| past.binding.release == release && Some(past.binding.pair()) != current);

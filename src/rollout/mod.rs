@@ -10,5 +10,6 @@ pub mod health;
 pub mod plan;
 pub mod shim;
 pub mod state;
+pub mod switch;
 pub mod target;
 pub mod view;

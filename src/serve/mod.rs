@@ -85,7 +85,7 @@ pub fn run(
     let switch = Switch::new(switch_settings, dial.clone())?;
     let shared = Arc::new(Shared::new(world, switch.clone(), folder, Dial(dial), state, read_only));
     let runtime = tokio::runtime::Builder::new_current_thread().enable_all().build().context("cannot start the runtime")?;
-    let _inside = runtime.enter();
+    let inside = runtime.enter();
     start(&shared, settings, ended, runtime.handle())?;
     // Nobody is sent anywhere before the table is known.
     runtime.block_on(first_pass(&shared));
@@ -106,6 +106,7 @@ pub fn run(
     }
     let replaced = Arc::new(AtomicBool::new(false));
     succession(&shared, &replace, listeners, lock, &replaced)?;
+    shared.world.ready();
     shared.world.note("serving");
     runtime.block_on(async {
         while !ended.load(Ordering::SeqCst) && !replaced.load(Ordering::SeqCst) {
@@ -123,6 +124,7 @@ pub fn run(
         switch.shutdown(DRAIN).await;
         server.abort();
     });
+    drop(inside);
     runtime.shutdown_background();
     Ok(())
 }
@@ -249,7 +251,7 @@ fn succession(
 /// # Errors
 /// Another daemon has it, after `longest`.
 fn lock(path: &Path, longest: Duration) -> Result<std::fs::File> {
-    use std::os::unix::fs::OpenOptionsExt as _;
+    use fs_err::os::unix::fs::OpenOptionsExt as _;
     let until = std::time::Instant::now() + longest;
     let file = fs_err::OpenOptions::new().read(true).write(true).create(true).truncate(false).mode(0o600).open(path)?.into_file();
     loop {
@@ -282,3 +284,6 @@ fn load(folder: &Folder, world: &dyn World) -> Result<(State, Option<String>)> {
         }
     })
 }
+
+#[cfg(test)]
+mod tests;

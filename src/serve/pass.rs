@@ -128,8 +128,9 @@ fn decide(shared: &Shared, model: &mut Model) -> bool {
     let wanted = model.reading.as_ref().map(|reading| reading.environments.keys().cloned().collect::<BTreeSet<_>>());
     // What nobody wants and nothing is left of.
     state.environments.retain(|name, environment| {
-        let empty = environment.live.is_none() && environment.generations.is_empty() && environment.maintenance.is_none();
-        !empty || wanted.as_ref().is_none_or(|wanted| wanted.contains(name)) && environment.rollout.is_some()
+        let empty = environment.live.is_none() && environment.generations.is_empty();
+        let is_wanted = wanted.as_ref().is_none_or(|wanted| wanted.contains(name));
+        *environment != Environment::default() && (is_wanted || !empty)
     });
     let changed = state.environments != before.environments;
     state.steady = model.now(shared.world.as_ref()).steady;

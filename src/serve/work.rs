@@ -92,14 +92,24 @@ fn spawn(shared: &Arc<Shared>, model: &mut Model, key: String, work: impl FnOnce
     let (owner, name) = (shared.clone(), key.clone());
     let thread = std::thread::Builder::new().name(name.chars().take(15).collect());
     let spawned = thread.spawn(move || {
+        let under_way = UnderWay(&owner, &name);
         work(&owner, &name);
-        owner.model().busy.remove(&name);
-        owner.wake();
+        drop(under_way);
     });
     if let Err(error) = spawned {
         model.busy.remove(&key);
         model.failed(&key);
         shared.world.warn(&format!("cannot start a thread: {error}"));
+    }
+}
+
+/// Something under way: it is not any more when this is dropped, by a panic too.
+struct UnderWay<'a>(&'a Shared, &'a str);
+
+impl Drop for UnderWay<'_> {
+    fn drop(&mut self) {
+        self.0.model().busy.remove(self.1);
+        self.0.wake();
     }
 }
 

@@ -159,8 +159,9 @@ impl Checker<'_> {
     }
 
     fn route(&mut self, written: file::Route, place: &Place<'_>) -> Route {
-        let host = written.host.and_then(|text| self.note(&place.key("host"), host(&text)));
-        let path = written.path.and_then(|text| self.note(&place.key("path"), prefix(&text)));
+        // A wrong one stays as it is written: it claims nothing that another route has.
+        let host = written.host.map(|text| self.note(&place.key("host"), host(&text)).unwrap_or(text));
+        let path = written.path.map(|text| self.note(&place.key("path"), prefix(&text)).unwrap_or(text));
         let path = path.unwrap_or_else(|| "/".into());
         let strip = written.strip.unwrap_or(false);
         if strip && path == "/" {

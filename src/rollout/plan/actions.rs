@@ -47,7 +47,9 @@ pub fn actions(environment: &Environment, look: Look<'_>) -> Vec<Action> {
     let mut actions = stops(environment, look);
     for known in environment.generations.values() {
         let generation = &known.generation;
-        if !environment.runs(&generation.id) {
+        let is_live = environment.live.as_deref() == Some(&generation.id);
+        // While nothing may change, only what serves is kept up.
+        if !environment.runs(&generation.id) || look.seen.read_only.is_some() && !is_live {
             continue;
         }
         if !generation.is_prepared() {
@@ -59,7 +61,7 @@ pub fn actions(environment: &Environment, look: Look<'_>) -> Vec<Action> {
         }
     }
     actions.extend(forgets(environment, look));
-    if let Some(rollout) = environment.active() {
+    if let Some(rollout) = environment.active().filter(|_| look.seen.read_only.is_none()) {
         let settings = look.settings();
         let generation = rollout.generation.clone();
         let check = |after: bool| Action::Check { generation: generation.clone(), after };

@@ -108,6 +108,8 @@ fn pasta(program: &Path, pid: u32) -> Result<Way> {
     let mut command = Cmd::new(program)
         .args(["--config-net", "--foreground", "--quiet", "--no-map-gw", "--dns-forward", PASTA_NAME_SERVER])
         .args(["--tcp-ports", "none", "--udp-ports", "none", "--tcp-ns", "none", "--udp-ns", "none"])
+        // Addresses as slirp4netns has them: with this machine's own, as pasta likes it, this machine is not reached.
+        .args(["--ipv4-only", "--address", "10.0.2.100", "--netmask", "24", "--gateway", "10.0.2.2"])
         .args(["--ns-ifname", "tap0"]);
     if rustix::process::geteuid().is_root() {
         // It gives up root by itself, and then could not open the namespaces.

@@ -273,8 +273,7 @@ impl hyper::service::Service<Request<Incoming>> for Handler {
 }
 
 /// Serves an accepted connection to its end.
-pub(super) async fn serve(switch: Arc<Inner>, worker: Arc<Worker>, stream: std::net::TcpStream, peer: SocketAddr, tls: bool) {
-    let Ok(stream) = TcpStream::from_std(stream) else { return };
+pub(super) async fn serve(switch: Arc<Inner>, worker: Arc<Worker>, stream: TcpStream, peer: SocketAddr, tls: bool) {
     let _ = stream.set_nodelay(true);
     let address = peer.ip().to_canonical();
     let client = Client { address, tls, trusted: headers::is_trusted(address, &switch.settings.trusted) };

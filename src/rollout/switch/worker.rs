@@ -1,11 +1,11 @@
 //! A worker: one thread with a runtime of its own, its connections, its copy of the table, its idle connections to instances.
 
-use std::net::{SocketAddr, TcpStream};
+use std::net::SocketAddr;
 use std::sync::atomic::{AtomicUsize, Ordering};
 use std::sync::{Arc, Mutex, MutexGuard};
 use std::time::Duration;
 
-use tokio::io::unix::AsyncFd;
+use tokio::net::TcpStream;
 use tokio::sync::mpsc::{UnboundedReceiver, UnboundedSender};
 
 use super::access::Buffer;
@@ -15,8 +15,6 @@ use super::{Inner, Listener};
 
 /// How often time-outs and drains are looked at: they are this exact.
 pub(super) const TICK: Duration = Duration::from_millis(200);
-/// Connections accepted before others get a turn.
-const BATCH: usize = 64;
 /// How far the connections of two workers may differ.
 const UNEVEN: usize = 4;
 
@@ -28,7 +26,7 @@ pub(super) fn lock<T>(mutex: &Mutex<T>) -> MutexGuard<'_, T> {
 #[derive(Debug)]
 pub(super) enum Job {
     Listen(Listener),
-    Serve(TcpStream, SocketAddr, /* TLS */ bool),
+    Serve(Counted, std::net::TcpStream, SocketAddr, /* TLS */ bool),
 }
 
 /// What others see of a worker.
@@ -118,21 +116,24 @@ async fn take_jobs(switch: Arc<Inner>, worker: Arc<Worker>, mut jobs: UnboundedR
     while let Some(job) = jobs.recv().await {
         match job {
             Job::Listen(listener) => drop(tokio::spawn(accept(switch.clone(), worker.clone(), listener))),
-            Job::Serve(stream, peer, tls) => serve(&switch, &worker, stream, peer, tls),
+            Job::Serve(counted, stream, peer, tls) => {
+                if let Ok(stream) = TcpStream::from_std(stream) {
+                    serve(counted, stream, peer, tls);
+                }
+            }
         }
     }
 }
 
-fn serve(switch: &Arc<Inner>, worker: &Arc<Worker>, stream: TcpStream, peer: SocketAddr, tls: bool) {
-    let (switch, worker) = (switch.clone(), worker.clone());
+fn serve(counted: Counted, stream: TcpStream, peer: SocketAddr, tls: bool) {
     tokio::spawn(async move {
-        let counted = Counted { switch: switch.clone(), worker: worker.clone() };
-        connection::serve(switch, worker, stream, peer, tls).await;
+        connection::serve(counted.switch.clone(), counted.worker.clone(), stream, peer, tls).await;
         drop(counted);
     });
 }
 
 /// Takes a connection out of the counts when it ends, however that is.
+#[derive(Debug)]
 pub(super) struct Counted {
     switch: Arc<Inner>,
     worker: Arc<Worker>,
@@ -156,58 +157,53 @@ impl Drop for Counted {
 
 /// Accepts until the switch closes; every connection goes to the worker that has the fewest.
 async fn accept(switch: Arc<Inner>, worker: Arc<Worker>, listener: Listener) {
-    let tls = listener.tls;
-    let Ok(socket) = listener.socket.set_nonblocking(true).and_then(|()| AsyncFd::register(listener.socket).map_err(std::io::Error::from)) else {
-        (switch.settings.told)(&format!("the listener `{}` cannot be served", listener.name));
+    let (name, tls) = (listener.name, listener.tls);
+    let Ok(socket) = listener.socket.set_nonblocking(true).and_then(|()| tokio::net::TcpListener::from_std(listener.socket)) else {
+        (switch.settings.told)(&format!("the listener `{name}` cannot be served"));
         return;
     };
     let mut closing = switch.closing.subscribe();
     loop {
-        let ready = tokio::select! {
-            ready = socket.readable() => ready,
+        let accepted = tokio::select! {
+            biased;
             _ = closing.wait_for(Option::is_some) => return,
+            accepted = socket.accept() => accepted,
         };
-        let Ok(mut ready) = ready else { return };
-        for _ in 0..BATCH {
-            if switch.closing_since().is_some() {
-                return;
+        match accepted {
+            Ok((stream, peer)) => {
+                make_room(&switch).await;
+                hand_out(&switch, &worker, stream, peer, tls);
             }
-            if switch.counters.connections.load(Ordering::Relaxed) >= switch.settings.limits.connections as u64 {
-                switch.counters.full.fetch_add(1, Ordering::Relaxed);
-                switch.workers.iter().any(|worker| worker.end_one_idle());
-                // The kernel keeps what waits; what ended makes room.
-                tokio::time::sleep(Duration::from_millis(10)).await;
-                break;
-            }
-            match ready.try_io(|socket| socket.get_ref().accept()) {
-                Ok(Ok((stream, peer))) => hand_out(&switch, &worker, stream, peer, tls),
-                Ok(Err(error)) if error.kind() == std::io::ErrorKind::ConnectionAborted => {}
-                // No file descriptors left, most likely: what ends makes room.
-                Ok(Err(_)) => tokio::time::sleep(Duration::from_millis(50)).await,
-                Err(_would_block) => break,
-            }
+            Err(error) if error.kind() == std::io::ErrorKind::ConnectionAborted => {}
+            // No file descriptors left, most likely: what ends makes room.
+            Err(_) => tokio::time::sleep(Duration::from_millis(50)).await,
         }
-        tokio::task::yield_now().await;
+    }
+}
+
+/// At the limit, ends connections that wait for a request until one more may be; those behind it wait in the kernel.
+async fn make_room(switch: &Inner) {
+    let is_full = || switch.counters.connections.load(Ordering::Relaxed) >= switch.settings.limits.connections as u64;
+    if is_full() {
+        switch.counters.full.fetch_add(1, Ordering::Relaxed);
+    }
+    while is_full() {
+        switch.workers.iter().any(|worker| worker.end_one_idle());
+        tokio::time::sleep(Duration::from_millis(5)).await;
     }
 }
 
 fn hand_out(switch: &Arc<Inner>, own: &Arc<Worker>, stream: TcpStream, peer: SocketAddr, tls: bool) {
-    if stream.set_nonblocking(true).is_err() {
-        return;
-    }
     switch.counters.connections.fetch_add(1, Ordering::Relaxed);
     switch.counters.accepted.fetch_add(1, Ordering::Relaxed);
     let load = |worker: &Worker| worker.load.load(Ordering::Relaxed);
-    let least = switch.workers.iter().min_by_key(|worker| load(worker)).filter(|least| load(least) + UNEVEN < load(own));
-    match least {
-        Some(other) => {
-            other.load.fetch_add(1, Ordering::Relaxed);
-            other.tell(Job::Serve(stream, peer, tls));
-        }
-        None => {
-            own.load.fetch_add(1, Ordering::Relaxed);
-            serve(switch, own, stream, peer, tls);
-        }
+    let least = switch.workers.iter().min_by_key(|worker| load(worker)).filter(|least| load(least) + UNEVEN < load(own)).unwrap_or(own);
+    least.load.fetch_add(1, Ordering::Relaxed);
+    let counted = Counted { switch: switch.clone(), worker: least.clone() };
+    if least.index == own.index {
+        serve(counted, stream, peer, tls);
+    } else if let Ok(stream) = stream.into_std() {
+        least.tell(Job::Serve(counted, stream, peer, tls));
     }
 }
 

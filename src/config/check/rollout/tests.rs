@@ -93,7 +93,7 @@ fn targets() {
         ),
         (
             "environments: { dev: { target: { vm: { command: { start: [], stop: [x] } } } } }\nhost: {}",
-            &["1:40 `command` has no `address` | prints the machine's address"],
+            &["1:40 `command` has no `address` | prints the machine's address", "1:51 `start` names no program"],
         ),
     ];
     table(&cases);
@@ -148,7 +148,7 @@ fn routes() {
             &[
                 "2:61 `a.test/` is here twice | another `host` or `path` tells requests apart",
                 "3:44 `a.test/` is a route of `dev` already | another `host` or `path` tells requests apart",
-                "3:84 `a.test/` is a route of `dev` already | another `host` or `path` tells requests apart",
+                "3:75 `a.test/` is a route of `dev` already | another `host` or `path` tells requests apart",
             ],
         ),
         (
@@ -233,7 +233,7 @@ fn settings() {
             &dev("rollout: { pre_switch: [ { http: ready }, { command: [] }, { http: /, command: x }, {} ] }"),
             &[
                 "1:80 `ready` is not a path of a URL | it begins with `/`, like `/healthz`",
-                "1:100 the command is empty",
+                "1:91 the command is empty",
                 "1:117 a check has `http` and `command` | keep one of `http` and `command`",
                 "1:131 a check needs one of `http` and `command`",
             ],

@@ -5,7 +5,7 @@ use super::*;
 #[test]
 fn the_most_specific_route_wins() {
     let names = ["exact", "exact-path", "wild", "wilder", "any", "any-path", "strip"];
-    let origins: Vec<Origin> = names.iter().map(|name| Origin::start(move |conn| {
+    let origins: Vec<Origin> = names.into_iter().map(|name| Origin::start(move |conn| {
         while let Some(head) = conn.request() {
             let text = format!("{name} {}", head.split(' ').nth(1).unwrap());
             conn.answer(&text);
