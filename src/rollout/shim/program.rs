@@ -27,6 +27,9 @@ use crate::sandbox::{self, Exit, Mount, RunSpec, Session};
 /// Where secrets are in the tree (DESIGN section 7, contract 7).
 const SECRETS: &str = "/run/secrets";
 
+/// hosts(5) of an instance: its own name is `pipeline`.
+const HOSTS: &str = "127.0.0.1 localhost pipeline\n::1 localhost\n";
+
 pub(super) struct Program {
     work: PathBuf,
     spec: ProgramSpec,
@@ -122,6 +125,15 @@ impl Program {
         let args =
             Volume { dir: dir.into(), lowers: lowers.to_vec(), path: path.into(), user: self.image.user.clone(), give: true };
         self.session()?.call("volume", &args)
+    }
+
+    /// Puts a file of ours in the place of `/etc/NAME`.
+    fn file(&mut self, name: &str, text: &str) -> Result<()> {
+        let file = self.work.join(name);
+        fs_err::write(&file, text)?;
+        fs_err::set_permissions(&file, std::os::unix::fs::PermissionsExt::from_mode(0o644))?;
+        self.mounts.push(Mount::Bind { source: file, target: Path::new("/etc").join(name), writable: false });
+        Ok(())
     }
 
     fn lowers(&self) -> Vec<PathBuf> {
@@ -239,13 +251,12 @@ impl Own for Program {
             self.fill(&lowers, &dir, path)?;
             self.mounts.push(Mount::Bind { source: dir, target: path.into(), writable: true });
         }
+        self.file("hosts", HOSTS)?;
         if let Some(way) = &self.way {
             let own = fs_err::read_to_string("/etc/resolv.conf").unwrap_or_default();
-            let file = self.work.join("resolv.conf");
-            fs_err::write(&file, way.resolv_conf(&own))?;
-            fs_err::set_permissions(&file, std::os::unix::fs::PermissionsExt::from_mode(0o644))?;
-            self.mounts.push(Mount::Bind { source: file, target: "/etc/resolv.conf".into(), writable: false });
+            let text = way.resolv_conf(&own);
             notes.push(format!("way out to the network: {}", way.name()));
+            self.file("resolv.conf", &text)?;
         }
         // Refused before anybody waits for the instance to become healthy.
         self.run_spec()?;
