@@ -6,3 +6,8 @@ mod common;
 mod docker;
 #[path = "engines/image.rs"]
 mod image;
+#[path = "engines/machine.rs"]
+mod machine;
+#[allow(dead_code, reason = "shared with another test")]
+#[path = "machines/disk.rs"]
+mod disk;
