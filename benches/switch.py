@@ -299,13 +299,14 @@ def nginx(bench, ports):
 
 
 def ours(bench, ports):
-    """The switch alone, with a fixed table: `src/cli/switch.rs` says what is in its file."""
+    """The switch alone; src/cli/switch.rs says what is in its file."""
     path = bench.folder / "switch.json"
     configuration = {
         "listeners": [{"address": f"127.0.0.1:{ports[name]}", "tls": name == "tls"} for name in ("plain", "h2", "tls")],
         "certificates": [{"certificate": str(bench.folder / "certificate.pem"), "key": str(bench.folder / "key.pem")}],
-        "upstream": f"127.0.0.1:{bench.upstream}",
         "workers": 1,
+        "pools": {"only": [f"127.0.0.1:{bench.upstream}"]},
+        "live": "only",
     }
     path.write_text(json.dumps(configuration, indent=2))
     return [bench.program, "__switch", path]
