@@ -83,7 +83,9 @@ impl Guard {
         let (Some(log), Some(logged)) = (&self.connection.worker.log, &self.logged) else { return };
         let took = self.started.elapsed();
         let now = (self.connection.switch.settings.now)();
-        let text = |value: &'_ Option<http::HeaderValue>| value.as_ref().map(|value| String::from_utf8_lossy(value.as_bytes()).into_owned());
+        let text = |value: &'_ Option<http::HeaderValue>| {
+            value.as_ref().map(|value| String::from_utf8_lossy(value.as_bytes()).into_owned())
+        };
         let (user_agent, referer) = (text(&logged.user_agent), text(&logged.referer));
         let ticket = self.ticket.as_ref();
         log.add(&Line {
@@ -136,6 +138,8 @@ impl Drop for Guard {
 pub(super) struct Body {
     content: Content,
     guard: Option<Guard>,
+    /// Why it will break off, once what is there is flushed.
+    breaks: Option<(&'static str, bool)>,
 }
 
 #[derive(Debug)]
@@ -148,10 +152,16 @@ enum Content {
 }
 
 /// An answer of the switch itself. It closes an HTTP/1 connection when `close`.
-pub(super) fn own_answer(mut guard: Guard, status: u16, text: &str, close: bool, fields: &[(&'static str, &str)]) -> Response<Body> {
+pub(super) fn own_answer(
+    mut guard: Guard,
+    status: u16,
+    text: &str,
+    close: bool,
+    fields: &[(&'static str, &str)],
+) -> Response<Body> {
     guard.answered(status);
     let content = Content::Whole(if text.is_empty() { Bytes::new() } else { Bytes::from(format!("{text}\n")) });
-    let mut answer = Response::new(Body { content, guard: Some(guard) });
+    let mut answer = Response::new(Body { content, guard: Some(guard), breaks: None });
     *answer.status_mut() = StatusCode::from_u16(status).unwrap_or(StatusCode::INTERNAL_SERVER_ERROR);
     let plain = [("content-type", "text/plain; charset=utf-8"), ("cache-control", "no-store")];
     for (name, value) in plain.iter().filter(|_| !text.is_empty()).chain(fields) {
@@ -168,12 +178,12 @@ pub(super) fn own_answer(mut guard: Guard, status: u16, text: &str, close: bool,
 impl Body {
     /// Without content, as that of a 101; whoever has the guard notes the end.
     pub fn nothing() -> Self {
-        Self { content: Content::Whole(Bytes::new()), guard: None }
+        Self { content: Content::Whole(Bytes::new()), guard: None, breaks: None }
     }
 
     /// Of an instance's answer. What is here whole already gives its connection back at once.
     pub fn of(mut exchange: Exchange, guard: Guard, events: bool) -> Self {
-        let mut body = Self { content: Content::Whole(Bytes::new()), guard: Some(guard) };
+        let mut body = Self { content: Content::Whole(Bytes::new()), guard: Some(guard), breaks: None };
         body.content = match exchange.take_whole() {
             Some(whole) => {
                 body.give_back(&mut exchange);
@@ -299,6 +309,9 @@ impl http_body::Body for Body {
 
     fn poll_frame(mut self: Pin<&mut Self>, context: &mut Context<'_>) -> Poll<Option<Result<Frame<Bytes>, io::Error>>> {
         let body = &mut *self;
+        if let Some((why, instance)) = body.breaks.take() {
+            return Poll::Ready(Some(Err(body.abort(why, instance))));
+        }
         if let Content::Whole(whole) = &mut body.content {
             let whole = std::mem::take(whole);
             if let Some(guard) = &mut body.guard {
@@ -324,7 +337,12 @@ impl http_body::Body for Body {
                 Poll::Ready(Some(Ok(Frame::data(data))))
             }
             Ok(Piece::Trailers(trailers)) => Poll::Ready(Some(Ok(Frame::trailers(trailers)))),
-            Err((why, instance)) => Poll::Ready(Some(Err(body.abort(why, instance)))),
+            Err(why) => {
+                // Hyper drops what it has not written when a body fails, and flushes when one waits.
+                body.breaks = Some(why);
+                context.waker().wake_by_ref();
+                Poll::Pending
+            }
         }
     }
 

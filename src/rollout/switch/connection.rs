@@ -66,7 +66,22 @@ impl Connection {
         let (in_flight, finished, reset) = Default::default();
         let (killed, aborted, ambiguous) = Default::default();
         let waker = Mutex::default();
-        Self { switch, worker, client, is_h2, phase, since, blocked, in_flight, finished, reset, killed, aborted, ambiguous, waker }
+        Self {
+            switch,
+            worker,
+            client,
+            is_h2,
+            phase,
+            since,
+            blocked,
+            in_flight,
+            finished,
+            reset,
+            killed,
+            aborted,
+            ambiguous,
+            waker,
+        }
     }
 
     /// A request begins.
@@ -117,7 +132,10 @@ impl Connection {
         let blocked = self.blocked.load(Ordering::Relaxed);
         let closing = self.switch.closing_since();
         let late = match self.phase.load(Ordering::Relaxed) {
-            IDLE => over(since, timeouts.idle) || closing.is_some_and(|closing| now.saturating_sub(since.max(closing)) > LAST_REQUEST_MS),
+            IDLE => {
+                over(since, timeouts.idle)
+                    || closing.is_some_and(|closing| now.saturating_sub(since.max(closing)) > LAST_REQUEST_MS)
+            }
             HEAD => over(since, timeouts.head),
             _ => false,
         };
@@ -186,7 +204,11 @@ impl AsyncWrite for Io {
         self.note_write(polled)
     }
 
-    fn poll_write_vectored(mut self: Pin<&mut Self>, context: &mut Context<'_>, slices: &[io::IoSlice<'_>]) -> Poll<io::Result<usize>> {
+    fn poll_write_vectored(
+        mut self: Pin<&mut Self>,
+        context: &mut Context<'_>,
+        slices: &[io::IoSlice<'_>],
+    ) -> Poll<io::Result<usize>> {
         let polled = match &mut self.stream {
             Stream::Plain(stream) => Pin::new(stream).poll_write_vectored(context, slices),
             Stream::Tls(stream) => Pin::new(stream).poll_write_vectored(context, slices),
@@ -339,7 +361,12 @@ async fn drive(connection: Arc<Connection>, stream: Stream) {
         .await;
     } else {
         let mut builder = http1::Builder::new();
-        builder.timer(TokioTimer::new()).header_read_timeout(None).half_close(false).max_header_size(limits.head).max_buf_size(limits.head.max(128 << 10));
+        builder
+            .timer(TokioTimer::new())
+            .header_read_timeout(None)
+            .half_close(false)
+            .max_header_size(limits.head)
+            .max_buf_size(limits.head.max(128 << 10));
         let mut served = Box::pin(builder.serve_connection(io, handler).with_upgrades());
         until_over(&connection, |context, _| served.as_mut().poll(context).map(drop)).await;
     }

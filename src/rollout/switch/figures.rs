@@ -183,6 +183,9 @@ mod tests {
         assert_eq!(histogram.at_most(Duration::from_secs(3600)), 1000);
         (0..10).for_each(|_| histogram.record(Duration::from_micros(3)));
         let later = histogram.since(&earlier);
-        assert_eq!((later.count(), later.sum(), later.quantile(1.0)), (10, Duration::from_micros(30), Some(Duration::from_micros(4))));
+        assert_eq!(
+            (later.count(), later.sum(), later.quantile(1.0)),
+            (10, Duration::from_micros(30), Some(Duration::from_micros(4)))
+        );
     }
 }

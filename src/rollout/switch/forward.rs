@@ -43,8 +43,10 @@ fn take(connection: &Connection, host: &str, path: &str, query: Option<&str>) ->
     match table.find(host, path) {
         Found::Pool(view, strip) => Taken::Ticket(view.pool.enter(connection.worker.index), view.instances.clone(), strip),
         Found::Hold(service, longest) => Taken::Hold(service.name.clone(), longest),
-        Found::Maintenance(_, message) => answer(503, message, vec![("retry-after", "60".into())]),
-        Found::Down(service) => answer(503, &format!("{} has nothing that runs", service.name), vec![("retry-after", RETRY_AFTER.into())]),
+        Found::Maintenance(message) => answer(503, message, vec![("retry-after", "60".into())]),
+        Found::Down(service) => {
+            answer(503, &format!("{} has nothing that runs", service.name), vec![("retry-after", RETRY_AFTER.into())])
+        }
         Found::Nothing => answer(404, "there is nothing at this address", vec![]),
         Found::Redirect(redirect, rest) => {
             let mut to = redirect.to.clone();
@@ -169,11 +171,20 @@ fn framing(body: &Incoming) -> Option<Framing> {
     }
 }
 
-fn prepare(guard: Guard, instances: Arc<[Arc<Instance>]>, parts: &request::Parts, authority: &Bytes, strip: usize, body: Incoming) -> Forwarding {
+fn prepare(
+    guard: Guard,
+    instances: Arc<[Arc<Instance>]>,
+    parts: &request::Parts,
+    authority: &Bytes,
+    strip: usize,
+    body: Incoming,
+) -> Forwarding {
     let connection = &guard.connection;
     let framing = framing(&body);
     // A body of no bytes is told to be one where a method usually has one (RFC 9110, section 8.6).
-    let told = framing.or((parts.headers.contains_key(header::CONTENT_LENGTH) || matches!(parts.method, Method::POST | Method::PUT | Method::PATCH)).then_some(Framing::Length(0)));
+    let told = framing.or((parts.headers.contains_key(header::CONTENT_LENGTH)
+        || matches!(parts.method, Method::POST | Method::PUT | Method::PATCH))
+    .then_some(Framing::Length(0)));
     let head = Outgoing { parts, authority, client: connection.client, strip, body: told }.write();
     let upload = framing.map(|framing| Upload::new(body, framing == Framing::Chunked, connection.switch.settings.limits.body));
     Forwarding {
@@ -193,7 +204,12 @@ type Failure = (Guard, u16, &'static str);
 
 impl Forwarding {
     /// Sends it until there is an answer, or sending again would not be safe or useful.
-    async fn send(mut self, connection: &Arc<Connection>, host: &str, parts: &request::Parts) -> Result<(Self, Upstream, Head), Failure> {
+    async fn send(
+        mut self,
+        connection: &Arc<Connection>,
+        host: &str,
+        parts: &request::Parts,
+    ) -> Result<(Self, Upstream, Head), Failure> {
         let (switch, worker) = (&connection.switch, connection.worker.index);
         let (mut tried, mut fresh, mut round) = (Vec::new(), false, 0);
         for attempt in 0..MOST_ATTEMPTS {
@@ -209,7 +225,11 @@ impl Forwarding {
             };
             ticket.assign(Some(instance.clone()));
             ticket.expect_progress(&switch.clock, Some(switch.settings.timeouts.inactivity));
-            let longest = if self.replayable { switch.settings.timeouts.idle_upstream } else { FRESH.min(switch.settings.timeouts.idle_upstream) };
+            let longest = if self.replayable {
+                switch.settings.timeouts.idle_upstream
+            } else {
+                FRESH.min(switch.settings.timeouts.idle_upstream)
+            };
             let idle = if fresh { None } else { instance.take_idle(worker, now, longest) };
             let mut upstream = match idle {
                 Some(upstream) => upstream,
@@ -228,7 +248,7 @@ impl Forwarding {
                 Err(failed) => failed,
             };
             let untouched = self.upload.as_ref().is_none_or(|upload| upload.taken() == 0);
-            let safe = matches!(failed.why, Why::Broken(_)) && !failed.answered && (!failed.sent && untouched || self.replayable);
+            let safe = matches!(failed.why, Why::Broken) && !failed.answered && (!failed.sent && untouched || self.replayable);
             // One that an instance dies of is not given to all of them.
             if !safe || !upstream.used && failed.sent && attempt > 0 || attempt + 1 == MOST_ATTEMPTS {
                 return Err(self.fail(failed));
@@ -255,7 +275,7 @@ impl Forwarding {
 
     fn fail(mut self, failed: Failed) -> Failure {
         let (status, text) = match failed.why {
-            Why::Broken(_) => (502, "the instance closed the connection without an answer"),
+            Why::Broken => (502, "the instance closed the connection without an answer"),
             Why::Malformed(why) => (502, why),
             Why::Upload(UploadError::TooLarge) => (413, "the body is larger than allowed"),
             Why::Upload(_) => (400, "the body of the request broke off or is malformed"),
@@ -277,16 +297,30 @@ async fn connect(connection: &Connection, instance: &Instance) -> Option<Upstrea
 }
 
 /// What the client gets of an instance's answer.
-fn reply(connection: &Arc<Connection>, forwarding: Forwarding, upstream: Upstream, mut head: Head, upgraded: Option<OnUpgrade>, version: Version) -> Response<Body> {
+fn reply(
+    connection: &Arc<Connection>,
+    forwarding: Forwarding,
+    upstream: Upstream,
+    mut head: Head,
+    upgraded: Option<OnUpgrade>,
+    version: Version,
+) -> Response<Body> {
     let Forwarding { mut guard, upload, asked_upgrade, .. } = forwarding;
     let switching = head.status == StatusCode::SWITCHING_PROTOCOLS;
     headers::clean_answer(&mut head.headers, switching);
     if switching {
         let Some(upgraded) = upgraded.filter(|_| asked_upgrade) else {
-            return own_answer(guard, 502, "the instance changed the protocol without being asked", version < Version::HTTP_2, &[]);
+            return own_answer(
+                guard,
+                502,
+                "the instance changed the protocol without being asked",
+                version < Version::HTTP_2,
+                &[],
+            );
         };
         guard.answered(101);
-        let is_websocket = head.headers.get(header::UPGRADE).is_some_and(|value| value.as_bytes().eq_ignore_ascii_case(b"websocket"));
+        let is_websocket =
+            head.headers.get(header::UPGRADE).is_some_and(|value| value.as_bytes().eq_ignore_ascii_case(b"websocket"));
         tokio::spawn(relay::relay(upgraded, upstream, guard, is_websocket));
         let mut answer = Response::new(Body::nothing());
         (*answer.status_mut(), *answer.headers_mut()) = (head.status, head.headers);

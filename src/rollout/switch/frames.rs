@@ -131,7 +131,12 @@ mod tests {
                     let last = (index + 1) * step >= bytes.len();
                     let seen = frames.see(piece);
                     code = code.or(seen.close);
-                    assert_eq!((seen.border, frames.at_border()), (last.then_some(piece.len()), last), "{:?} in pieces of {step}", &bytes[..2]);
+                    assert_eq!(
+                        (seen.border, frames.at_border()),
+                        (last.then_some(piece.len()), last),
+                        "{:?} in pieces of {step}",
+                        &bytes[..2]
+                    );
                 }
                 assert_eq!(code, close_code);
                 assert_eq!(Frames::default().see(&whole).border, Some(bytes.len()));

@@ -33,14 +33,31 @@ pub(super) type Refusal = (u16, &'static str);
 fn is_hop_by_hop(name: &HeaderName) -> bool {
     matches!(
         *name,
-        header::CONNECTION | header::TE | header::TRAILER | header::TRANSFER_ENCODING | header::UPGRADE | header::PROXY_AUTHORIZATION | header::PROXY_AUTHENTICATE
+        header::CONNECTION
+            | header::TE
+            | header::TRAILER
+            | header::TRANSFER_ENCODING
+            | header::UPGRADE
+            | header::PROXY_AUTHORIZATION
+            | header::PROXY_AUTHENTICATE
     ) || matches!(name.as_str(), "keep-alive" | "proxy-connection" | "http2-settings")
 }
 
 /// Fields a trailer never carries on (RFC 9110, section 6.5.1).
 pub(super) fn may_be_trailer(name: &HeaderName) -> bool {
-    let framing = matches!(*name, header::CONTENT_LENGTH | header::HOST | header::CONTENT_TYPE | header::CONTENT_ENCODING | header::CONTENT_RANGE);
-    let control = matches!(*name, header::AUTHORIZATION | header::COOKIE | header::SET_COOKIE | header::EXPECT | header::MAX_FORWARDS | header::CACHE_CONTROL);
+    let framing = matches!(
+        *name,
+        header::CONTENT_LENGTH | header::HOST | header::CONTENT_TYPE | header::CONTENT_ENCODING | header::CONTENT_RANGE
+    );
+    let control = matches!(
+        *name,
+        header::AUTHORIZATION
+            | header::COOKIE
+            | header::SET_COOKIE
+            | header::EXPECT
+            | header::MAX_FORWARDS
+            | header::CACHE_CONTROL
+    );
     !framing && !control && !is_hop_by_hop(name)
 }
 
@@ -57,14 +74,17 @@ fn named_by_connection(headers: &HeaderMap) -> Vec<&[u8]> {
     let mut named = Vec::new();
     for value in headers.get_all(header::CONNECTION) {
         let options = value.as_bytes().split(|byte| *byte == b',').map(<[u8]>::trim_ascii);
-        named.extend(options.filter(|option| !option.is_empty() && !option.eq_ignore_ascii_case(b"keep-alive") && !option.eq_ignore_ascii_case(b"close")));
+        named.extend(options.filter(|option| {
+            !option.is_empty() && !option.eq_ignore_ascii_case(b"keep-alive") && !option.eq_ignore_ascii_case(b"close")
+        }));
     }
     named
 }
 
 fn lists(headers: &HeaderMap, name: HeaderName, wanted: &[u8]) -> bool {
     let mut values = headers.get_all(name).iter();
-    values.any(|value| value.as_bytes().split(|byte| *byte == b',').any(|option| option.trim_ascii().eq_ignore_ascii_case(wanted)))
+    values
+        .any(|value| value.as_bytes().split(|byte| *byte == b',').any(|option| option.trim_ascii().eq_ignore_ascii_case(wanted)))
 }
 
 /// Whether an HTTP/1.1 request asks for another protocol, and which; never HTTP/2, which is not this hop's to offer.
@@ -90,7 +110,10 @@ pub(super) fn check(parts: &request::Parts, most: Most) -> Result<(String, Bytes
             return Err((400, "both content-length and transfer-encoding"));
         }
         let mut encodings = headers.get_all(header::TRANSFER_ENCODING).iter();
-        if encoded && !(encodings.next().is_some_and(|value| value.as_bytes().eq_ignore_ascii_case(b"chunked")) && encodings.next().is_none()) {
+        if encoded
+            && !(encodings.next().is_some_and(|value| value.as_bytes().eq_ignore_ascii_case(b"chunked"))
+                && encodings.next().is_none())
+        {
             return Err((501, "a transfer-encoding other than chunked"));
         }
     }
@@ -101,7 +124,9 @@ pub(super) fn check(parts: &request::Parts, most: Most) -> Result<(String, Bytes
     }
     let authority = match (parts.uri.authority(), named) {
         // The target in absolute form wins over the field (RFC 9112, section 3.2.2); in HTTP/2 they must agree (RFC 9113, section 8.3.1).
-        (Some(authority), Some(named)) if parts.version >= Version::HTTP_2 && !authority.as_str().as_bytes().eq_ignore_ascii_case(named.as_bytes()) => {
+        (Some(authority), Some(named))
+            if parts.version >= Version::HTTP_2 && !authority.as_str().as_bytes().eq_ignore_ascii_case(named.as_bytes()) =>
+        {
             return Err((400, "`:authority` and `host` differ"));
         }
         (Some(authority), _) => Bytes::copy_from_slice(authority.as_str().as_bytes()),
@@ -158,7 +183,10 @@ impl Outgoing<'_> {
         let named = named_by_connection(headers);
         let mut cookies: Vec<u8> = Vec::new();
         for (name, value) in headers {
-            if is_hop_by_hop(name) || self.is_replaced(name) || named.iter().any(|named| named.eq_ignore_ascii_case(name.as_str().as_bytes())) {
+            if is_hop_by_hop(name)
+                || self.is_replaced(name)
+                || named.iter().any(|named| named.eq_ignore_ascii_case(name.as_str().as_bytes()))
+            {
                 continue;
             }
             // HTTP/2 sends cookies in crumbs, which belong into one field (RFC 9113, section 8.2.3).
@@ -195,8 +223,11 @@ impl Outgoing<'_> {
     fn is_replaced(&self, name: &HeaderName) -> bool {
         match name.as_str() {
             "host" | "content-length" | "x-forwarded-for" | "forwarded" => true,
-            "x-forwarded-proto" | "x-forwarded-host" => !self.client.trusted || self.parts.headers.get_all(name).iter().count() > 1,
-            "x-forwarded-port" | "x-forwarded-server" | "x-forwarded-prefix" | "x-forwarded-ssl" | "x-forwarded-scheme" | "x-real-ip" => !self.client.trusted,
+            "x-forwarded-proto" | "x-forwarded-host" => {
+                !self.client.trusted || self.parts.headers.get_all(name).iter().count() > 1
+            }
+            "x-forwarded-port" | "x-forwarded-server" | "x-forwarded-prefix" | "x-forwarded-ssl" | "x-forwarded-scheme"
+            | "x-real-ip" => !self.client.trusted,
             _ => false,
         }
     }
@@ -249,7 +280,8 @@ impl Outgoing<'_> {
 pub(super) fn clean_answer(headers: &mut HeaderMap, upgraded: bool) {
     let protocol = if upgraded { headers.remove(header::UPGRADE) } else { None };
     if headers.contains_key(header::CONNECTION) {
-        let named: Vec<HeaderName> = named_by_connection(headers).into_iter().filter_map(|name| HeaderName::from_bytes(name).ok()).collect();
+        let named: Vec<HeaderName> =
+            named_by_connection(headers).into_iter().filter_map(|name| HeaderName::from_bytes(name).ok()).collect();
         named.iter().for_each(|name| drop(headers.remove(name)));
         headers.remove(header::CONNECTION);
     }
@@ -334,12 +366,31 @@ mod tests {
         let request = || {
             let request = Request::post("/api/x?y=1").version(Version::HTTP_2);
             let request = request.header("cookie", "a=1").header("x-own", "1").header("cookie", "b=2").header("te", "trailers");
-            let request = request.header("connection", "X-Named, keep-alive").header("x-named", "gone").header("keep-alive", "timeout=5");
-            request.header("x-forwarded-for", "10.0.0.1").header("forwarded", "for=10.0.0.1").header("x-forwarded-proto", "gopher").header("x-real-ip", "10.0.0.1")
+            let request =
+                request.header("connection", "X-Named, keep-alive").header("x-named", "gone").header("keep-alive", "timeout=5");
+            request
+                .header("x-forwarded-for", "10.0.0.1")
+                .header("forwarded", "for=10.0.0.1")
+                .header("x-forwarded-proto", "gopher")
+                .header("x-real-ip", "10.0.0.1")
         };
-        let own = ["POST /x?y=1 HTTP/1.1", "host: shop.test:8443", "x-own: 1", "cookie: a=1; b=2", "transfer-encoding: chunked", "connection: te", "te: trailers"];
+        let own = [
+            "POST /x?y=1 HTTP/1.1",
+            "host: shop.test:8443",
+            "x-own: 1",
+            "cookie: a=1; b=2",
+            "transfer-encoding: chunked",
+            "connection: te",
+            "te: trailers",
+        ];
         let host = "x-forwarded-host: shop.test:8443";
-        let untrusted = ["x-forwarded-for: 192.0.2.7", "forwarded: for=192.0.2.7;proto=https;host=\"shop.test:8443\"", "x-forwarded-proto: https", host, "x-forwarded-prefix: /api"];
+        let untrusted = [
+            "x-forwarded-for: 192.0.2.7",
+            "forwarded: for=192.0.2.7;proto=https;host=\"shop.test:8443\"",
+            "x-forwarded-proto: https",
+            host,
+            "x-forwarded-prefix: /api",
+        ];
         assert_eq!(written(request(), false, 4, Some(Framing::Chunked)), [&own[..], &untrusted].concat());
         let trusted = written(request(), true, 0, Some(Framing::Length(3)));
         for line in [
@@ -354,19 +405,39 @@ mod tests {
         }
         let upgrade = written(Request::get("/").header("connection", "Upgrade").header("upgrade", "websocket"), false, 0, None);
         assert_eq!(&upgrade[2..4], ["connection: upgrade", "upgrade: websocket"]);
-        let h2c = written(Request::get("/").header("connection", "Upgrade, HTTP2-Settings").header("upgrade", "h2c").header("http2-settings", "x"), false, 0, None);
+        let h2c = written(
+            Request::get("/")
+                .header("connection", "Upgrade, HTTP2-Settings")
+                .header("upgrade", "h2c")
+                .header("http2-settings", "x"),
+            false,
+            0,
+            None,
+        );
         assert!(h2c[2].starts_with("x-forwarded-for"), "{h2c:?}");
     }
 
     #[test]
     fn what_a_client_gets() {
         let mut headers = HeaderMap::new();
-        let fields = [("connection", "x-hop, Keep-Alive"), ("x-hop", "1"), ("keep-alive", "timeout=5"), ("upgrade", "websocket"), ("x-own", "1"), ("trailer", "x-sum")];
-        fields.iter().for_each(|(name, value)| drop(headers.append(*name, value.parse().unwrap())));
+        let fields = [
+            ("connection", "x-hop, Keep-Alive"),
+            ("x-hop", "1"),
+            ("keep-alive", "timeout=5"),
+            ("upgrade", "websocket"),
+            ("x-own", "1"),
+            ("trailer", "x-sum"),
+        ];
+        for (name, value) in fields {
+            headers.append(name, value.parse().unwrap());
+        }
         let mut upgraded = headers.clone();
         clean_answer(&mut headers, false);
         assert_eq!(headers.keys().map(HeaderName::as_str).collect::<Vec<_>>(), ["x-own", "trailer"]);
         clean_answer(&mut upgraded, true);
-        assert_eq!((&upgraded["connection"], &upgraded["upgrade"]), (&HeaderValue::from_static("upgrade"), &HeaderValue::from_static("websocket")));
+        assert_eq!(
+            (&upgraded["connection"], &upgraded["upgrade"]),
+            (&HeaderValue::from_static("upgrade"), &HeaderValue::from_static("websocket"))
+        );
     }
 }

@@ -11,7 +11,8 @@ use std::os::unix::net::UnixStream;
 
 use anyhow::{Context as _, Result};
 use rustix::net::{
-    AddressFamily, RecvAncillaryBuffer, RecvAncillaryMessage, RecvFlags, SendAncillaryBuffer, SendAncillaryMessage, SendFlags, SocketFlags, SocketType, sockopt,
+    AddressFamily, RecvAncillaryBuffer, RecvAncillaryMessage, RecvFlags, SendAncillaryBuffer, SendAncillaryMessage, SendFlags,
+    SocketFlags, SocketType, sockopt,
 };
 
 use super::Listener;
@@ -31,17 +32,18 @@ impl Listener {
     pub fn bind(name: &str, address: SocketAddr, tls: bool) -> Result<Self> {
         let bound = || -> std::io::Result<TcpListener> {
             let family = if address.is_ipv4() { AddressFamily::INET } else { AddressFamily::INET6 };
-            let socket = rustix::net::socket_with(family, SocketType::STREAM, SocketFlags::CLOEXEC | SocketFlags::NONBLOCK, None)?;
+            let socket =
+                rustix::net::socket_with(family, SocketType::STREAM, SocketFlags::CLOEXEC | SocketFlags::NONBLOCK, None)?;
             sockopt::set_socket_reuseaddr(&socket, true)?;
             rustix::net::bind(&socket, &address)?;
             rustix::net::listen(&socket, BACKLOG)?;
             Ok(TcpListener::from(socket))
         };
         let socket = bound().map_err(|error| match error.kind() {
-            std::io::ErrorKind::AddrInUse => Problem::failed(format!("`{address}` is in use by another program")).hint(format!("`ss -ltnp` shows which; set another address for the listener `{name}`")),
-            std::io::ErrorKind::PermissionDenied => {
-                Problem::failed(format!("no permission to listen on `{address}`")).hint("ports below 1024 need the capability CAP_NET_BIND_SERVICE or a socket from systemd")
-            }
+            std::io::ErrorKind::AddrInUse => Problem::failed(format!("`{address}` is in use by another program"))
+                .hint(format!("`ss -ltnp` shows which; set another address for the listener `{name}`")),
+            std::io::ErrorKind::PermissionDenied => Problem::failed(format!("no permission to listen on `{address}`"))
+                .hint("ports below 1024 need the capability CAP_NET_BIND_SERVICE or a socket from systemd"),
             _ => Problem::failed(format!("cannot listen on `{address}`: {error}")),
         })?;
         Ok(Self { name: name.into(), socket, tls })
@@ -62,12 +64,17 @@ impl Listener {
 /// What systemd passed: `fds` and `names` are the values of `LISTEN_FDS` and `LISTEN_FDNAMES` of a process whose id is
 /// in `LISTEN_PID`. A name that begins with `https` speaks TLS. Call it once, before anything else opens a file.
 pub fn from_systemd(fds: &str, names: &str) -> Result<Vec<Listener>> {
-    let count: usize = fds.parse().ok().filter(|count| *count <= MOST_SOCKETS).ok_or_else(|| Problem::usage(format!("LISTEN_FDS is `{fds}`")))?;
+    let count: usize = fds
+        .parse()
+        .ok()
+        .filter(|count| *count <= MOST_SOCKETS)
+        .ok_or_else(|| Problem::usage(format!("LISTEN_FDS is `{fds}`")))?;
     let mut names = names.split(':').filter(|name| !name.is_empty());
     (0..count)
         .map(|index| {
             let name = names.next().unwrap_or("http").to_owned();
-            let socket = adopt(SYSTEMD_FIRST + index as i32).with_context(|| format!("the socket `{name}` from systemd cannot be used"))?;
+            let socket = adopt(SYSTEMD_FIRST + index as i32)
+                .with_context(|| format!("the socket `{name}` from systemd cannot be used"))?;
             listener(name.clone(), name.starts_with("https"), socket)
         })
         .collect()
@@ -98,7 +105,8 @@ fn listener(name: String, tls: bool, socket: OwnedFd) -> Result<Listener> {
 ///
 /// The message is one line of JSON: `[{"name": "http", "tls": false}, …]` in the order of the descriptors.
 pub fn send(stream: &UnixStream, listeners: &[Listener]) -> Result<()> {
-    let names: Vec<_> = listeners.iter().map(|listener| serde_json::json!({"name": listener.name, "tls": listener.tls})).collect();
+    let names: Vec<_> =
+        listeners.iter().map(|listener| serde_json::json!({"name": listener.name, "tls": listener.tls})).collect();
     let mut line = serde_json::to_vec(&names)?;
     line.push(b'\n');
     if listeners.is_empty() || listeners.len() > MOST_SOCKETS || line.len() > MOST_NAMES {
@@ -107,8 +115,13 @@ pub fn send(stream: &UnixStream, listeners: &[Listener]) -> Result<()> {
     let sockets: Vec<_> = listeners.iter().map(|listener| listener.socket.as_fd()).collect();
     let mut space = [MaybeUninit::uninit(); rustix::cmsg_space!(ScmRights(MOST_SOCKETS))];
     let mut ancillary = SendAncillaryBuffer::new(&mut space);
-    anyhow::ensure!(ancillary.push(SendAncillaryMessage::ScmRights(&sockets)), "{} sockets do not fit into a message", sockets.len());
-    let sent = rustix::net::sendmsg(stream, &[IoSlice::new(&line)], &mut ancillary, SendFlags::NOSIGNAL).context("cannot hand over the listeners")?;
+    anyhow::ensure!(
+        ancillary.push(SendAncillaryMessage::ScmRights(&sockets)),
+        "{} sockets do not fit into a message",
+        sockets.len()
+    );
+    let sent = rustix::net::sendmsg(stream, &[IoSlice::new(&line)], &mut ancillary, SendFlags::NOSIGNAL)
+        .context("cannot hand over the listeners")?;
     // The descriptors went with the first byte; the rest is plain bytes.
     std::io::Write::write_all(&mut &*stream, &line[sent..]).context("cannot hand over the names of the listeners")
 }
@@ -120,7 +133,8 @@ pub fn receive(stream: &UnixStream) -> Result<Vec<Listener>> {
     while !line.ends_with(b"\n") && line.len() <= MOST_NAMES {
         let mut ancillary = RecvAncillaryBuffer::new(&mut space);
         let mut bytes = [0; 1024];
-        let received = rustix::net::recvmsg(stream, &mut [IoSliceMut::new(&mut bytes)], &mut ancillary, RecvFlags::CMSG_CLOEXEC).context("cannot receive listeners")?;
+        let received = rustix::net::recvmsg(stream, &mut [IoSliceMut::new(&mut bytes)], &mut ancillary, RecvFlags::CMSG_CLOEXEC)
+            .context("cannot receive listeners")?;
         for message in ancillary.drain() {
             if let RecvAncillaryMessage::ScmRights(received) = message {
                 sockets.extend(received);
@@ -149,14 +163,18 @@ mod tests {
     #[test]
     fn sockets_cross_to_another_owner() {
         let (ours, theirs) = UnixStream::pair().unwrap();
-        let listeners = [Listener::bind("http", ([127, 0, 0, 1], 0).into(), false).unwrap(), Listener::bind("https", ([127, 0, 0, 1], 0).into(), true).unwrap()];
+        let listeners = [
+            Listener::bind("http", ([127, 0, 0, 1], 0).into(), false).unwrap(),
+            Listener::bind("https", ([127, 0, 0, 1], 0).into(), true).unwrap(),
+        ];
         let addresses: Vec<_> = listeners.iter().map(|listener| listener.address().unwrap()).collect();
         // This one is queued before anybody accepts, and is not lost.
         let mut early = std::net::TcpStream::connect(addresses[0]).unwrap();
         send(&ours, &listeners).unwrap();
         drop((listeners, ours));
         let received = receive(&theirs).unwrap();
-        let described: Vec<_> = received.iter().map(|listener| (listener.name.as_str(), listener.tls, listener.address().unwrap())).collect();
+        let described: Vec<_> =
+            received.iter().map(|listener| (listener.name.as_str(), listener.tls, listener.address().unwrap())).collect();
         assert_eq!(described, [("http", false, addresses[0]), ("https", true, addresses[1])]);
         received[0].socket.accept().unwrap().0.write_all(b"x").unwrap();
         let mut byte = [0];

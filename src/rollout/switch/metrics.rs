@@ -50,7 +50,8 @@ impl Text {
     }
 
     fn line(&mut self, name: &str, labels: &str, value: impl std::fmt::Display) {
-        let _ = if labels.is_empty() { writeln!(self.0, "{name} {value}") } else { writeln!(self.0, "{name}{{{labels}}} {value}") };
+        let _ =
+            if labels.is_empty() { writeln!(self.0, "{name} {value}") } else { writeln!(self.0, "{name}{{{labels}}} {value}") };
     }
 
     fn one(&mut self, name: &str, kind: &str, help: &str, value: &AtomicU64) {
@@ -64,12 +65,27 @@ pub(super) fn text(switch: &Inner) -> String {
     let counters = &switch.counters;
     text.one("pipeline_http_connections", "gauge", "Client connections, tunnels among them.", &counters.connections);
     text.one("pipeline_http_connections_total", "counter", "Client connections that were accepted.", &counters.accepted);
-    text.one("pipeline_http_connections_full_total", "counter", "Times a new connection waited because of the limit.", &counters.full);
+    text.one(
+        "pipeline_http_connections_full_total",
+        "counter",
+        "Times a new connection waited because of the limit.",
+        &counters.full,
+    );
     text.one("pipeline_http_tls_failures_total", "counter", "TLS handshakes that failed.", &counters.tls_failures);
     text.one("pipeline_http_certificate_reloads_total", "counter", "Certificates that were read again.", &counters.tls_reloads);
-    text.one("pipeline_http_certificate_reload_failures_total", "counter", "New certificates that are broken.", &counters.tls_reload_failures);
+    text.one(
+        "pipeline_http_certificate_reload_failures_total",
+        "counter",
+        "New certificates that are broken.",
+        &counters.tls_reload_failures,
+    );
     text.one("pipeline_http_held_requests", "gauge", "Requests that wait for a held service.", &counters.held);
-    text.one("pipeline_http_held_requests_total", "counter", "Requests that had to wait for a held service.", &counters.held_total);
+    text.one(
+        "pipeline_http_held_requests_total",
+        "counter",
+        "Requests that had to wait for a held service.",
+        &counters.held_total,
+    );
     text.head("pipeline_http_unrouted_requests_total", "counter", "Requests the switch answered without a pool.");
     for (class, count) in counters.unrouted.iter().enumerate().skip(1) {
         text.line("pipeline_http_unrouted_requests_total", &format!("status=\"{class}xx\""), count.load(Ordering::Relaxed));
@@ -105,7 +121,11 @@ fn pools(switch: &Inner, text: &mut Text) {
     for (labels, figures, _) in &all {
         let name = "pipeline_http_request_duration_seconds";
         for bound in BOUNDS {
-            text.line(&format!("{name}_bucket"), &format!("{labels},le=\"{bound}\""), figures.latency.at_most(Duration::from_secs_f64(bound)));
+            text.line(
+                &format!("{name}_bucket"),
+                &format!("{labels},le=\"{bound}\""),
+                figures.latency.at_most(Duration::from_secs_f64(bound)),
+            );
         }
         text.line(&format!("{name}_bucket"), &format!("{labels},le=\"+Inf\""), figures.latency.count());
         text.line(&format!("{name}_sum"), labels, figures.latency.sum().as_secs_f64());
@@ -117,7 +137,9 @@ fn pools(switch: &Inner, text: &mut Text) {
         ("pipeline_http_websockets", "gauge", "WebSockets and other tunnels.", |figures| figures.websockets),
         ("pipeline_http_streams", "gauge", "Event streams.", |figures| figures.streams),
         ("pipeline_http_errors_total", "counter", "Answers of 5xx and answers that broke off.", |figures| figures.errors),
-        ("pipeline_http_connect_failures_total", "counter", "Connections to instances that failed.", |figures| figures.connect_failures),
+        ("pipeline_http_connect_failures_total", "counter", "Connections to instances that failed.", |figures| {
+            figures.connect_failures
+        }),
         ("pipeline_http_retries_total", "counter", "Requests that were sent again.", |figures| figures.retries),
     ];
     for (name, kind, help, read) in simple {
@@ -128,10 +150,14 @@ fn pools(switch: &Inner, text: &mut Text) {
     for (labels, _, (_, closes, _)) in &all {
         let mut closes: Vec<_> = closes.iter().collect();
         closes.sort_unstable();
-        closes.iter().for_each(|(code, count)| text.line("pipeline_http_websocket_closes_total", &format!("{labels},code=\"{code}\""), count));
+        closes.iter().for_each(|(code, count)| {
+            text.line("pipeline_http_websocket_closes_total", &format!("{labels},code=\"{code}\""), count)
+        });
     }
     text.head("pipeline_drain_cut_connections_total", "counter", "What drains ended, gently or not, by kind.");
     for (labels, _, (.., cut)) in &all {
-        KINDS.iter().zip(cut).for_each(|(kind, count)| text.line("pipeline_drain_cut_connections_total", &format!("{labels},kind=\"{kind}\""), count));
+        KINDS.iter().zip(cut).for_each(|(kind, count)| {
+            text.line("pipeline_drain_cut_connections_total", &format!("{labels},kind=\"{kind}\""), count)
+        });
     }
 }

@@ -99,7 +99,16 @@ impl Settings {
     /// Defaults, without certificates and access log.
     pub fn new(now: impl Fn() -> SystemTime + Send + Sync + 'static, told: impl Fn(&str) + Send + Sync + 'static) -> Self {
         let (limits, timeouts) = (Limits::default(), Timeouts::default());
-        Self { workers: 0, limits, timeouts, trusted: Vec::new(), certificates: Vec::new(), access: None, now: Box::new(now), told: Box::new(told) }
+        Self {
+            workers: 0,
+            limits,
+            timeouts,
+            trusted: Vec::new(),
+            certificates: Vec::new(),
+            access: None,
+            now: Box::new(now),
+            told: Box::new(told),
+        }
     }
 }
 
@@ -151,7 +160,15 @@ impl Default for Timeouts {
     fn default() -> Self {
         let seconds = Duration::from_secs;
         let (inactivity, stream_inactivity, tunnel) = (seconds(60), seconds(3600), seconds(3600));
-        Self { head: seconds(10), idle: seconds(75), inactivity, stream_inactivity, tunnel, connect: seconds(5), idle_upstream: seconds(4) }
+        Self {
+            head: seconds(10),
+            idle: seconds(75),
+            inactivity,
+            stream_inactivity,
+            tunnel,
+            connect: seconds(5),
+            idle_upstream: seconds(4),
+        }
     }
 }
 
@@ -170,7 +187,8 @@ impl FromStr for Network {
         let (address, prefix) = text.split_once('/').map_or((text, None), |(address, prefix)| (address, Some(prefix)));
         let address: IpAddr = address.parse().map_err(|_| wrong())?;
         let most = if address.is_ipv4() { 32 } else { 128 };
-        let prefix = prefix.map_or(Some(most), |prefix| prefix.parse().ok().filter(|prefix| *prefix <= most)).ok_or_else(wrong)?;
+        let prefix =
+            prefix.map_or(Some(most), |prefix| prefix.parse().ok().filter(|prefix| *prefix <= most)).ok_or_else(wrong)?;
         Ok(Self { address, prefix })
     }
 }
@@ -221,9 +239,13 @@ pub struct Instance {
 pub enum Mode {
     Serve,
     /// They wait until a table serves them, no longer than this; then 503.
-    Hold { longest: Duration },
+    Hold {
+        longest: Duration,
+    },
     /// 503 with this text and `Retry-After`.
-    Maintenance { message: String },
+    Maintenance {
+        message: String,
+    },
 }
 
 /// How long a pool that is no longer live may keep what it has.
@@ -319,7 +341,8 @@ impl Switch {
         settings.limits.head = settings.limits.head.max(8 << 10);
         settings.limits.fields = settings.limits.fields.min(100);
         let tls = if settings.certificates.is_empty() { None } else { Some(tls::Tls::load(&settings.certificates)?) };
-        let log = settings.access.take().map(AccessLog::start).transpose().context("cannot start the thread of the access log")?;
+        let log =
+            settings.access.take().map(AccessLog::start).transpose().context("cannot start the thread of the access log")?;
         let (workers, jobs): (Vec<_>, Vec<_>) = (0..count)
             .map(|index| {
                 let (sender, receiver) = mpsc::unbounded_channel();
@@ -349,7 +372,10 @@ impl Switch {
         }
         if inner.tls.is_some() {
             let inner = inner.clone();
-            std::thread::Builder::new().name("switch-tls".into()).spawn(move || keep_certificates(&inner)).context("cannot start a thread of the switch")?;
+            std::thread::Builder::new()
+                .name("switch-tls".into())
+                .spawn(move || keep_certificates(&inner))
+                .context("cannot start a thread of the switch")?;
         }
         Ok(switch)
     }
@@ -378,11 +404,14 @@ impl Switch {
         let mut state = lock(&inner.state);
         let before = inner.pools();
         let views = views(&table, &before, inner.workers.len())?;
-        let find = |service: &str, pool: &str| views.iter().find(|view| view.pool.service == service && view.pool.name == pool).cloned();
-        let snapshot = Arc::new(Snapshot::compile(&table, state.version + 1, find)?);
+        let find =
+            |service: &str, pool: &str| views.iter().find(|view| view.pool.service == service && view.pool.name == pool).cloned();
+        let snapshot = Arc::new(Snapshot::compile(&table, find)?);
         let is_wanted = |pool: &Pool| {
             let service = table.services.get(&pool.service);
-            service.is_some_and(|service| [service.live.as_ref(), service.preview.as_ref().map(|(_, pool)| pool)].contains(&Some(&pool.name)))
+            service.is_some_and(|service| {
+                [service.live.as_ref(), service.preview.as_ref().map(|(_, pool)| pool)].contains(&Some(&pool.name))
+            })
         };
         state.version += 1;
         state.drains.extend(table.services.iter().map(|(name, service)| (name.clone(), service.drain)));
@@ -393,7 +422,9 @@ impl Switch {
             let mut tables: Vec<_> = inner.workers.iter().map(|worker| lock(&worker.table)).collect();
             tables.iter_mut().for_each(|table| **table = snapshot.clone());
         }
-        let gone = before.iter().filter(|old| !views.iter().any(|view| Arc::ptr_eq(&view.pool, &old.pool)) && old.pool.left() != Draining::default());
+        let gone = before
+            .iter()
+            .filter(|old| !views.iter().any(|view| Arc::ptr_eq(&view.pool, &old.pool)) && old.pool.left() != Draining::default());
         let all: Vec<PoolView> = views.iter().chain(gone).cloned().collect();
         for view in all.iter().filter(|view| !is_wanted(&view.pool)) {
             view.pool.drain(state.drains.get(&view.pool.service).copied().unwrap_or_default());
@@ -405,7 +436,12 @@ impl Switch {
     }
 
     fn pool(&self, service: &str, pool: &str) -> Option<Arc<Pool>> {
-        self.inner.0.pools().iter().find(|view| view.pool.service == service && view.pool.name == pool).map(|view| view.pool.clone())
+        self.inner
+            .0
+            .pools()
+            .iter()
+            .find(|view| view.pool.service == service && view.pool.name == pool)
+            .map(|view| view.pool.clone())
     }
 
     /// What is in flight at a pool, whether it is live or not; `None`: nothing is left.
@@ -454,7 +490,9 @@ fn views(table: &Table, before: &[PoolView], workers: usize) -> Result<Vec<PoolV
     for (service, settings) in &table.services {
         let named = settings.live.iter().chain(settings.preview.as_ref().map(|(_, pool)| pool));
         if let Some(missing) = named.into_iter().find(|name| !settings.pools.contains_key(*name)) {
-            return Err(Problem::bug(format!("`{service}` sends requests to the pool `{missing}`, which it does not have")).into());
+            return Err(
+                Problem::bug(format!("`{service}` sends requests to the pool `{missing}`, which it does not have")).into()
+            );
         }
         for (name, instances) in &settings.pools {
             let known = before.iter().find(|view| view.pool.service == *service && view.pool.name == *name);

@@ -480,7 +480,8 @@ mod tests {
 
     #[test]
     fn draining_is_per_kind_and_spread() {
-        let drain = Drain { requests: Duration::from_secs(30), streams: Duration::from_secs(60), spread: Duration::from_secs(40) };
+        let drain =
+            Drain { requests: Duration::from_secs(30), streams: Duration::from_secs(60), spread: Duration::from_secs(40) };
         let at = |kind: Kind, slot, seconds| due(kind as u8, slot, Duration::from_secs(seconds), &drain);
         for (kind, slot, seconds, wanted) in [
             (Kind::Request, 0, 29, Cut::No),

@@ -36,9 +36,11 @@ pub(super) async fn relay(upgraded: OnUpgrade, upstream: Upstream, mut guard: Gu
     let (stream, early) = upstream.into_parts();
     let (from_client, to_client) = tokio::io::split(TokioIo::new(client));
     let (from_instance, to_instance) = stream.into_split();
-    let progress = || ticket.expect_progress(&guard.connection.switch.clock, Some(guard.connection.switch.settings.timeouts.tunnel));
+    let progress =
+        || ticket.expect_progress(&guard.connection.switch.clock, Some(guard.connection.switch.settings.timeouts.tunnel));
     progress();
-    let mut down = Direction { reader: early.chain(from_instance), writer: to_client, frames: Frames::default(), close: None, bytes: 0 };
+    let mut down =
+        Direction { reader: early.chain(from_instance), writer: to_client, frames: Frames::default(), close: None, bytes: 0 };
     let mut up = Direction { reader: from_client, writer: to_instance, frames: Frames::default(), close: None, bytes: 0 };
     // Kept here, so that it outlives the two directions that look at it.
     let asked = std::sync::atomic::AtomicBool::new(false);

@@ -18,8 +18,6 @@ use crate::error::Problem;
 /// Everything a request needs to know; never changed, only replaced.
 #[derive(Debug, Default)]
 pub(super) struct Snapshot {
-    /// Grows with every table that was set.
-    pub version: u64,
     exact: HashMap<Box<str>, Paths>,
     /// By suffix without the `*`, the longest first.
     wildcards: Vec<(Box<str>, Paths)>,
@@ -59,7 +57,7 @@ pub(super) struct PoolView {
 pub(super) enum Found<'a> {
     Nothing,
     Redirect(&'a Redirect, /* what is left of the path */ &'a str),
-    Maintenance(&'a ServiceView, &'a str),
+    Maintenance(&'a str),
     Hold(&'a ServiceView, Duration),
     /// The service has no live pool, or one without instances.
     Down(&'a ServiceView),
@@ -68,8 +66,8 @@ pub(super) enum Found<'a> {
 
 impl Snapshot {
     /// `pools` gives a pool's view. Errors are two claims of one route.
-    pub fn compile(table: &Table, version: u64, mut pools: impl FnMut(&str, &str) -> Option<PoolView>) -> Result<Self> {
-        let mut snapshot = Snapshot { version, ..Snapshot::default() };
+    pub fn compile(table: &Table, mut pools: impl FnMut(&str, &str) -> Option<PoolView>) -> Result<Self> {
+        let mut snapshot = Snapshot::default();
         let mut wildcards: BTreeMap<Box<str>, Paths> = BTreeMap::new();
         for (name, service) in &table.services {
             let live = service.live.as_deref().and_then(|live| pools(name, live));
@@ -119,7 +117,7 @@ impl Entry {
             return if preview.instances.is_empty() { Found::Down(&self.service) } else { Found::Pool(preview, strip) };
         }
         match &self.service.mode {
-            Mode::Maintenance { message } => Found::Maintenance(&self.service, message),
+            Mode::Maintenance { message } => Found::Maintenance(message),
             Mode::Hold { longest } => Found::Hold(&self.service, *longest),
             Mode::Serve => match &self.service.live {
                 Some(live) if !live.instances.is_empty() => Found::Pool(live, strip),

@@ -46,7 +46,10 @@ pub(super) struct Tls {
 impl Tls {
     /// Reads all pairs; an error names the file.
     pub fn load(files: &[CertificateFiles]) -> Result<Self> {
-        let loaded = files.iter().map(|files| Ok(Loaded { files: files.clone(), stamps: stamps(files), key: read(files)? })).collect::<Result<Vec<_>>>()?;
+        let loaded = files
+            .iter()
+            .map(|files| Ok(Loaded { files: files.clone(), stamps: stamps(files), key: read(files)? }))
+            .collect::<Result<Vec<_>>>()?;
         let certificates = Certificates(Arc::new(RwLock::new(loaded)));
         let builder = rustls::ServerConfig::builder_with_provider(Arc::new(ring::default_provider()));
         let builder = builder.with_safe_default_protocol_versions().context("ring knows the default versions of TLS")?;
@@ -107,7 +110,8 @@ fn read(files: &CertificateFiles) -> Result<Arc<CertifiedKey>> {
     if chain.is_empty() {
         return Err(Problem::usage(format!("`{certificate}` holds no certificate")).into());
     }
-    let private = PrivateKeyDer::from_pem_slice(&fs_err::read(&files.key)?).with_context(|| format!("`{key}` holds no private key"))?;
+    let private =
+        PrivateKeyDer::from_pem_slice(&fs_err::read(&files.key)?).with_context(|| format!("`{key}` holds no private key"))?;
     let pair = CertifiedKey::from_der(chain, private, &ring::default_provider());
     let pair = pair.with_context(|| format!("the certificate `{certificate}` and the key `{key}` do not belong together"))?;
     Ok(Arc::new(pair))

@@ -158,7 +158,8 @@ impl Drop for Counted {
 /// Accepts until the switch closes; every connection goes to the worker that has the fewest.
 async fn accept(switch: Arc<Inner>, worker: Arc<Worker>, listener: Listener) {
     let (name, tls) = (listener.name, listener.tls);
-    let Ok(socket) = listener.socket.set_nonblocking(true).and_then(|()| tokio::net::TcpListener::from_std(listener.socket)) else {
+    let Ok(socket) = listener.socket.set_nonblocking(true).and_then(|()| tokio::net::TcpListener::from_std(listener.socket))
+    else {
         (switch.settings.told)(&format!("the listener `{name}` cannot be served"));
         return;
     };
@@ -197,7 +198,8 @@ fn hand_out(switch: &Arc<Inner>, own: &Arc<Worker>, stream: TcpStream, peer: Soc
     switch.counters.connections.fetch_add(1, Ordering::Relaxed);
     switch.counters.accepted.fetch_add(1, Ordering::Relaxed);
     let load = |worker: &Worker| worker.load.load(Ordering::Relaxed);
-    let least = switch.workers.iter().min_by_key(|worker| load(worker)).filter(|least| load(least) + UNEVEN < load(own)).unwrap_or(own);
+    let least =
+        switch.workers.iter().min_by_key(|worker| load(worker)).filter(|least| load(least) + UNEVEN < load(own)).unwrap_or(own);
     least.load.fetch_add(1, Ordering::Relaxed);
     let counted = Counted { switch: switch.clone(), worker: least.clone() };
     if least.index == own.index {

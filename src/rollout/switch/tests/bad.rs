@@ -11,15 +11,39 @@ fn what_is_malformed_is_refused() {
     let long = "x".repeat(70_000);
     let many: String = (0..120).map(|number| format!("x-{number}: y\r\n")).collect();
     for (name, request, status) in [
-        ("CL and TE", "POST / HTTP/1.1\r\nhost: a\r\ncontent-length: 4\r\ntransfer-encoding: chunked\r\n\r\n0\r\n\r\n".to_owned(), 400),
-        ("TE and CL", "POST / HTTP/1.1\r\nhost: a\r\ntransfer-encoding: chunked\r\ncontent-length: 4\r\n\r\n0\r\n\r\n".to_owned(), 400),
+        (
+            "CL and TE",
+            "POST / HTTP/1.1\r\nhost: a\r\ncontent-length: 4\r\ntransfer-encoding: chunked\r\n\r\n0\r\n\r\n".to_owned(),
+            400,
+        ),
+        (
+            "TE and CL",
+            "POST / HTTP/1.1\r\nhost: a\r\ntransfer-encoding: chunked\r\ncontent-length: 4\r\n\r\n0\r\n\r\n".to_owned(),
+            400,
+        ),
         ("two CL", "POST / HTTP/1.1\r\nhost: a\r\ncontent-length: 4\r\ncontent-length: 5\r\n\r\nabcde".to_owned(), 400),
         ("CL with a sign", "POST / HTTP/1.1\r\nhost: a\r\ncontent-length: +4\r\n\r\nabcd".to_owned(), 400),
-        ("CL too large a number", "POST / HTTP/1.1\r\nhost: a\r\ncontent-length: 99999999999999999999999\r\n\r\n".to_owned(), 400),
+        (
+            "CL too large a number",
+            "POST / HTTP/1.1\r\nhost: a\r\ncontent-length: 99999999999999999999999\r\n\r\n".to_owned(),
+            400,
+        ),
         ("TE in HTTP/1.0", "POST / HTTP/1.0\r\nhost: a\r\ntransfer-encoding: chunked\r\n\r\n0\r\n\r\n".to_owned(), 400),
-        ("TE that is not chunked", "POST / HTTP/1.1\r\nhost: a\r\ntransfer-encoding: gzip, chunked\r\n\r\n0\r\n\r\n".to_owned(), 501),
-        ("TE with chunked not last", "POST / HTTP/1.1\r\nhost: a\r\ntransfer-encoding: chunked, identity\r\n\r\n0\r\n\r\n".to_owned(), 400),
-        ("TE hidden by a tab", "POST / HTTP/1.1\r\nhost: a\r\ntransfer-encoding\t: chunked\r\ncontent-length: 4\r\n\r\nabcd".to_owned(), 400),
+        (
+            "TE that is not chunked",
+            "POST / HTTP/1.1\r\nhost: a\r\ntransfer-encoding: gzip, chunked\r\n\r\n0\r\n\r\n".to_owned(),
+            501,
+        ),
+        (
+            "TE with chunked not last",
+            "POST / HTTP/1.1\r\nhost: a\r\ntransfer-encoding: chunked, identity\r\n\r\n0\r\n\r\n".to_owned(),
+            400,
+        ),
+        (
+            "TE hidden by a tab",
+            "POST / HTTP/1.1\r\nhost: a\r\ntransfer-encoding\t: chunked\r\ncontent-length: 4\r\n\r\nabcd".to_owned(),
+            400,
+        ),
         ("a space before the colon", "GET / HTTP/1.1\r\nhost : a\r\n\r\n".to_owned(), 400),
         ("a folded line", "GET / HTTP/1.1\r\nhost: a\r\nx: y\r\n z\r\n\r\n".to_owned(), 400),
         ("a folded first line", "GET / HTTP/1.1\r\n host: a\r\n\r\n".to_owned(), 400),
@@ -53,7 +77,10 @@ fn bodies_smuggle_nothing() {
     client.send(format!("POST / HTTP/1.1\r\nhost: a\r\ncontent-length: {}\r\n\r\n{hidden}", hidden.len()));
     let (_, text) = client.response().unwrap();
     assert!(text.ends_with(hidden) && text.starts_with("POST / "), "{text}");
-    client.send(format!("POST / HTTP/1.1\r\nhost: a\r\ntransfer-encoding: chunked\r\n\r\n{:x}\r\n{hidden}\r\n0\r\n\r\n", hidden.len()));
+    client.send(format!(
+        "POST / HTTP/1.1\r\nhost: a\r\ntransfer-encoding: chunked\r\n\r\n{:x}\r\n{hidden}\r\n0\r\n\r\n",
+        hidden.len()
+    ));
     let (_, text) = client.response().unwrap();
     assert!(text.ends_with(hidden) && text.starts_with("POST / "), "{text}");
     // A malformed chunk ends request and connection; what follows is no request.
@@ -79,7 +106,12 @@ fn an_oversized_chunked_body_is_cut() {
 fn slow_clients_are_ended() {
     let origin = Origin::echo();
     let fixture = Fixture::start(|settings| {
-        settings.timeouts = Timeouts { head: Duration::from_millis(400), idle: Duration::from_millis(800), inactivity: Duration::from_millis(500), ..settings.timeouts.clone() };
+        settings.timeouts = Timeouts {
+            head: Duration::from_millis(400),
+            idle: Duration::from_millis(800),
+            inactivity: Duration::from_millis(500),
+            ..settings.timeouts.clone()
+        };
     });
     fixture.live("a", &[&origin]);
     // Byte after byte of a head that never ends: what moves does not count here.
@@ -174,7 +206,8 @@ fn a_body_that_breaks_off_is_never_taken_for_whole() {
         block_on(async {
             use http_body_util::BodyExt as _;
             let mut sender = forwarding::h2(fixture.address).await;
-            let request = http::Request::get(format!("http://{}{path}", fixture.address)).body(http_body_util::Full::default()).unwrap();
+            let request =
+                http::Request::get(format!("http://{}{path}", fixture.address)).body(http_body_util::Full::default()).unwrap();
             assert!(sender.send_request(request).await.unwrap().into_body().collect().await.is_err(), "{path} over HTTP/2");
         });
     }
@@ -294,7 +327,7 @@ fn rapid_resets_end_the_connection() {
     // HPACK: :method GET, :scheme http, :path /, :authority a.
     let head = [0x82, 0x86, 0x84, 0x41, 0x01, b'a'];
     let ended = std::thread::spawn({
-        let mut reader = Conn { stream: client.stream.try_clone().unwrap(), buffer: Vec::new(), number: 0 };
+        let mut reader = Conn { stream: client.stream.try_clone().unwrap(), buffer: Vec::new() };
         move || reader.rest()
     });
     let mut sent = 0;

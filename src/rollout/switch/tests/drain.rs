@@ -42,7 +42,11 @@ fn what_began_on_blue_ends_on_blue() {
     fixture.live("b", &[&green]);
     let requests = fixture.figures().requests;
     assert_eq!(fixture.client().get("/"), Some((200, "green".into())));
-    assert_eq!((fixture.switch.draining("shop/prod", "a"), fixture.figures().requests), (one, requests), "a pool that left the table drains on");
+    assert_eq!(
+        (fixture.switch.draining("shop/prod", "a"), fixture.figures().requests),
+        (one, requests),
+        "a pool that left the table drains on"
+    );
     go.send(()).unwrap();
     assert_eq!(client.response(), Some((200, "blue".into())));
     assert_eq!(client.get("/"), Some((200, "green".into())), "the same connection");
@@ -117,7 +121,11 @@ fn event_streams_end_between_events() {
     fixture.switch.set(table(both)).unwrap();
     let ends: Vec<_> = clients.into_iter().map(|client| client.join().unwrap()).collect();
     for (text, _) in &ends {
-        assert!(text.ends_with("data: 1\n\n") && text.len() % 9 == 0, "the end of an event: {:?}", &text[text.len().saturating_sub(20)..]);
+        assert!(
+            text.ends_with("data: 1\n\n") && text.len() % 9 == 0,
+            "the end of an event: {:?}",
+            &text[text.len().saturating_sub(20)..]
+        );
     }
     let mut after: Vec<_> = ends.iter().map(|(_, end)| end.duration_since(begin).as_millis()).collect();
     after.sort_unstable();
@@ -137,13 +145,24 @@ fn load(fixture: &Fixture, clients: usize, work: impl FnOnce()) -> (usize, Vec<S
                     let request = match done % 3 {
                         0 => format!("GET /{done} HTTP/1.1\r\nhost: a\r\n\r\n"),
                         1 => format!("POST / HTTP/1.1\r\nhost: a\r\ncontent-length: {}\r\n\r\n{body}", body.len()),
-                        _ => format!("POST / HTTP/1.1\r\nhost: a\r\ntransfer-encoding: chunked\r\n\r\n{:x}\r\n{body}\r\n0\r\n\r\n", body.len()),
+                        _ => format!(
+                            "POST / HTTP/1.1\r\nhost: a\r\ntransfer-encoding: chunked\r\n\r\n{:x}\r\n{body}\r\n0\r\n\r\n",
+                            body.len()
+                        ),
                     };
                     client.send(&request);
-                    let answer = client.response();
-                    let good = answer.as_ref().is_some_and(|(status, text)| *status == 200 && if done % 3 == 0 { text.contains(&format!("GET /{done} ")) } else { text.ends_with(&body) });
+                    let answer = client.whole_response();
+                    let last = answer.as_ref().is_some_and(|(_, head, _)| field(head, "connection") == Some("close"));
+                    let answer = answer.map(|(status, _, text)| (status, text));
+                    let good = answer.as_ref().is_some_and(|(status, text)| {
+                        *status == 200
+                            && if done % 3 == 0 { text.contains(&format!("GET /{done} ")) } else { text.ends_with(&body) }
+                    });
+                    if last && good {
+                        client = Conn::to(address);
+                    }
                     if !good {
-                        lost.push(format!("{:?}", answer.map(|(status, text)| (status, text.len()))));
+                        lost.push(format!("{number}/{done}: {:?}", answer.map(|(status, text)| (status, text.len()))));
                         client = Conn::to(address);
                     }
                     done += 1;
@@ -154,7 +173,10 @@ fn load(fixture: &Fixture, clients: usize, work: impl FnOnce()) -> (usize, Vec<S
         .collect();
     work();
     stop.store(true, Ordering::Relaxed);
-    threads.into_iter().map(|thread| thread.join().unwrap()).fold((0, Vec::new()), |(done, lost), more| (done + more.0, [lost, more.1].concat()))
+    threads
+        .into_iter()
+        .map(|thread| thread.join().unwrap())
+        .fold((0, Vec::new()), |(done, lost), more| (done + more.0, [lost, more.1].concat()))
 }
 
 /// 200 switches; each time the old pool is "stopped" as soon as it has drained: it serves nobody after that.
@@ -212,8 +234,14 @@ fn services_switch_together() {
     let origins = [Origin::saying("0"), Origin::saying("1")];
     let fixture = Fixture::start(|_| {});
     let set = |version: usize| {
-        let one = |host: &str| Service { routes: vec![route(Some(host), "/")], ..service(&[(&format!("v{version}"), &[&origins[version % 2]])], &format!("v{version}")) };
-        fixture.switch.set(Table { services: BTreeMap::from([("a/prod".to_owned(), one("a")), ("b/prod".to_owned(), one("b"))]) }).unwrap();
+        let one = |host: &str| Service {
+            routes: vec![route(Some(host), "/")],
+            ..service(&[(&format!("v{version}"), &[&origins[version % 2]])], &format!("v{version}"))
+        };
+        fixture
+            .switch
+            .set(Table { services: BTreeMap::from([("a/prod".to_owned(), one("a")), ("b/prod".to_owned(), one("b"))]) })
+            .unwrap();
     };
     set(0);
     let (version, stop) = (Arc::new(AtomicUsize::new(0)), Arc::new(AtomicBool::new(false)));
@@ -282,7 +310,8 @@ fn a_shutdown_drains() {
     let tunnels = upgrades::websockets();
     let fixture = Fixture::start(|_| {});
     let websockets = Service { routes: vec![route(None, "/ws")], ..service(&[("a", &[&tunnels])], "a") };
-    let services = BTreeMap::from([("shop/prod".to_owned(), service(&[("a", &[&origin])], "a")), ("ws/prod".to_owned(), websockets)]);
+    let services =
+        BTreeMap::from([("shop/prod".to_owned(), service(&[("a", &[&origin])], "a")), ("ws/prod".to_owned(), websockets)]);
     fixture.switch.set(Table { services }).unwrap();
     let mut websocket = upgrades::open(&fixture);
     let (mut waiting, mut idle) = (fixture.client(), fixture.client());
@@ -309,11 +338,14 @@ fn a_shutdown_drains() {
 /// Figures of two pools can be compared, and tell when the last request was accepted.
 #[test]
 fn figures_tell_pools_apart() {
-    let (blue, green) = (Origin::saying("blue"), Origin::start(|conn| {
-        while conn.request().is_some() {
-            conn.send("HTTP/1.1 500 Oh\r\ncontent-length: 0\r\n\r\n");
-        }
-    }));
+    let (blue, green) = (
+        Origin::saying("blue"),
+        Origin::start(|conn| {
+            while conn.request().is_some() {
+                conn.send("HTTP/1.1 500 Oh\r\ncontent-length: 0\r\n\r\n");
+            }
+        }),
+    );
     let fixture = Fixture::of(&[&blue]);
     let mut client = fixture.client();
     (0..5).for_each(|_| drop(client.get("/").unwrap()));

@@ -11,8 +11,14 @@ fn a_request_is_seen_by_the_instance_as_it_was_sent() {
     let fixture = Fixture::of(&[&origin]);
     let mut client = fixture.client();
     for (request, body) in [
-        ("POST /x?a=b%20c HTTP/1.1\r\nhost: Shop.test:80\r\ncontent-length: 5\r\nx-own: 1\r\nconnection: x-gone\r\nx-gone: 1\r\n\r\nhello", "hello"),
-        ("POST /x?a=b%20c HTTP/1.1\r\nhost: Shop.test:80\r\ntransfer-encoding: chunked\r\nx-own: 1\r\n\r\n2;x=y\r\nhe\r\n3\r\nllo\r\n0\r\n\r\n", "hello"),
+        (
+            "POST /x?a=b%20c HTTP/1.1\r\nhost: Shop.test:80\r\ncontent-length: 5\r\nx-own: 1\r\nconnection: x-gone\r\nx-gone: 1\r\n\r\nhello",
+            "hello",
+        ),
+        (
+            "POST /x?a=b%20c HTTP/1.1\r\nhost: Shop.test:80\r\ntransfer-encoding: chunked\r\nx-own: 1\r\n\r\n2;x=y\r\nhe\r\n3\r\nllo\r\n0\r\n\r\n",
+            "hello",
+        ),
         ("POST /x?a=b%20c HTTP/1.1\r\nhost: Shop.test:80\r\ncontent-length: 0\r\nx-own: 1\r\n\r\n", ""),
     ] {
         client.send(request);
@@ -20,12 +26,22 @@ fn a_request_is_seen_by_the_instance_as_it_was_sent() {
         let (head, echoed) = text.split_once("\r\n\r\n").unwrap();
         assert_eq!((status, echoed), (200, body), "{head}");
         assert!(head.starts_with("POST /x?a=b%20c HTTP/1.1\r\nhost: Shop.test:80\r\n"), "{head}");
-        let wanted = [("x-own", Some("1")), ("x-gone", None), ("connection", None), ("x-forwarded-for", Some("127.0.0.1")), ("x-forwarded-proto", Some("http"))];
+        let wanted = [
+            ("x-own", Some("1")),
+            ("x-gone", None),
+            ("connection", None),
+            ("x-forwarded-for", Some("127.0.0.1")),
+            ("x-forwarded-proto", Some("http")),
+        ];
         wanted.iter().for_each(|(name, value)| assert_eq!(field(head, name), *value, "{name} in {head}"));
     }
     assert_eq!(origin.accepted(), 1, "the connection to the instance is used again");
     let lines = fixture.log(3);
-    assert_eq!((&lines[0]["path"], &lines[0]["query"], &lines[0]["received"]), (&"/x".into(), &"a=b%20c".into(), &5.into()), "{lines:?}");
+    assert_eq!(
+        (&lines[0]["path"], &lines[0]["query"], &lines[0]["received"]),
+        (&"/x".into(), &"a=b%20c".into(), &5.into()),
+        "{lines:?}"
+    );
 }
 
 /// Bodies of every framing and size arrive byte for byte, and are not held back.
@@ -66,7 +82,11 @@ fn answers_are_streamed_whole() {
             let head = client.request().unwrap();
             let body = client.body(&head);
             assert!(head.starts_with("HTTP/1.1 200 OK"), "{head}");
-            assert!(body.len() == size && body.iter().enumerate().all(|(index, byte)| *byte == (index % 251) as u8), "{kind} of {size}: {} bytes", body.len());
+            assert!(
+                body.len() == size && body.iter().enumerate().all(|(index, byte)| *byte == (index % 251) as u8),
+                "{kind} of {size}: {} bytes",
+                body.len()
+            );
         }
     }
 }
@@ -108,7 +128,10 @@ fn trailers_cross_both_ways() {
             let body = String::from_utf8(conn.body(&head)).unwrap();
             let te = field(&head, "te").unwrap_or("none").to_owned();
             let text = format!("{te} {body}");
-            conn.send(format!("HTTP/1.1 200 OK\r\ntrailer: x-sum\r\ntransfer-encoding: chunked\r\n\r\n{:x}\r\n{text}\r\n0\r\nx-sum: 7\r\n\r\n", text.len()));
+            conn.send(format!(
+                "HTTP/1.1 200 OK\r\ntrailer: x-sum\r\ntransfer-encoding: chunked\r\n\r\n{:x}\r\n{text}\r\n0\r\nx-sum: 7\r\n\r\n",
+                text.len()
+            ));
         }
     });
     let fixture = Fixture::of(&[&origin]);
@@ -216,7 +239,10 @@ fn http_2_becomes_http_1() {
         while let Some(head) = conn.request() {
             let body = conn.body(&head);
             let text = [head.as_bytes(), &body].concat();
-            conn.send(format!("HTTP/1.1 200 OK\r\nconnection: x-hop\r\nx-hop: 1\r\ntransfer-encoding: chunked\r\n\r\n{:x}\r\n", text.len()));
+            conn.send(format!(
+                "HTTP/1.1 200 OK\r\nconnection: x-hop\r\nx-hop: 1\r\ntransfer-encoding: chunked\r\n\r\n{:x}\r\n",
+                text.len()
+            ));
             conn.send(&text);
             conn.send("\r\n0\r\nx-sum: 7\r\n\r\n");
         }
@@ -225,7 +251,10 @@ fn http_2_becomes_http_1() {
     block_on(async {
         let mut sender = h2(fixture.address).await;
         let body = Bytes::from(vec![b'x'; 200_000]);
-        let request = http::Request::put(format!("http://{}/a?b", fixture.address)).header("cookie", "a=1").header("cookie", "b=2").header("te", "trailers");
+        let request = http::Request::put(format!("http://{}/a?b", fixture.address))
+            .header("cookie", "a=1")
+            .header("cookie", "b=2")
+            .header("te", "trailers");
         let answer = sender.send_request(request.body(http_body_util::Full::new(body.clone())).unwrap()).await.unwrap();
         assert_eq!((answer.status().as_u16(), answer.headers().get("x-hop")), (200, None));
         let collected = answer.into_body().collect().await.unwrap();
@@ -235,7 +264,10 @@ fn http_2_becomes_http_1() {
         let head = std::str::from_utf8(head).unwrap();
         assert_eq!(echoed, body);
         assert!(head.starts_with(&format!("PUT /a?b HTTP/1.1\r\nhost: {}\r\n", fixture.address)), "{head}");
-        assert_eq!((field(head, "cookie"), field(head, "content-length"), field(head, "te")), (Some("a=1; b=2"), Some("200000"), Some("trailers")));
+        assert_eq!(
+            (field(head, "cookie"), field(head, "content-length"), field(head, "te")),
+            (Some("a=1; b=2"), Some("200000"), Some("trailers"))
+        );
     });
     assert_eq!(fixture.log(1)[0]["protocol"], "HTTP/2");
 }
@@ -243,7 +275,9 @@ fn http_2_becomes_http_1() {
 #[test]
 fn trusted_forwarders_are_continued_and_others_replaced() {
     let origin = Origin::echo();
-    for (trusted, wanted) in [(vec!["127.0.0.0/8".parse().unwrap()], "192.0.2.1, 127.0.0.1"), (vec!["::/0".parse().unwrap()], "127.0.0.1")] {
+    for (trusted, wanted) in
+        [(vec!["127.0.0.0/8".parse().unwrap()], "192.0.2.1, 127.0.0.1"), (vec!["::/0".parse().unwrap()], "127.0.0.1")]
+    {
         let fixture = Fixture::start(|settings| settings.trusted = trusted);
         fixture.live("a", &[&origin]);
         let mut client = fixture.client();

@@ -34,10 +34,10 @@ impl Origin {
         let count = accepted.clone();
         std::thread::spawn(move || {
             for stream in listener.incoming() {
-                let number = count.fetch_add(1, Ordering::SeqCst);
+                count.fetch_add(1, Ordering::SeqCst);
                 let (serve, stream) = (serve.clone(), stream.unwrap());
                 stream.set_nodelay(true).unwrap();
-                std::thread::spawn(move || serve(&mut Conn { stream, buffer: Vec::new(), number }));
+                std::thread::spawn(move || serve(&mut Conn { stream, buffer: Vec::new() }));
             }
         });
         Self { address, accepted }
@@ -79,8 +79,6 @@ impl Origin {
 struct Conn {
     stream: TcpStream,
     buffer: Vec<u8>,
-    /// Which connection of the origin it is, from 0.
-    number: usize,
 }
 
 impl Conn {
@@ -88,7 +86,7 @@ impl Conn {
         let stream = TcpStream::connect(address).unwrap();
         stream.set_nodelay(true).unwrap();
         stream.set_read_timeout(Some(PATIENCE)).unwrap();
-        Self { stream, buffer: Vec::new(), number: 0 }
+        Self { stream, buffer: Vec::new() }
     }
 
     /// Errors are for the other side to notice.
@@ -183,7 +181,8 @@ impl Conn {
 
 /// The value of a field of a head.
 fn field<'a>(head: &'a str, name: &str) -> Option<&'a str> {
-    head.lines().find_map(|line| line.split_once(':').filter(|(key, _)| key.eq_ignore_ascii_case(name)).map(|(_, value)| value.trim()))
+    head.lines()
+        .find_map(|line| line.split_once(':').filter(|(key, _)| key.eq_ignore_ascii_case(name)).map(|(_, value)| value.trim()))
 }
 
 /// A switch on a free port, and what it was told to log.
@@ -259,16 +258,32 @@ impl Fixture {
     fn log(&self, count: usize) -> Vec<serde_json::Value> {
         eventually("lines in the log", || {
             let text = self.log.lock().unwrap().clone();
-            let lines: Vec<serde_json::Value> = text.split(|byte| *byte == b'\n').filter(|line| !line.is_empty()).map(|line| serde_json::from_slice(line).unwrap()).collect();
+            let lines: Vec<serde_json::Value> = text
+                .split(|byte| *byte == b'\n')
+                .filter(|line| !line.is_empty())
+                .map(|line| serde_json::from_slice(line).unwrap())
+                .collect();
             (lines.len() >= count).then_some(lines)
         })
     }
 }
 
 fn service(pools: &[(&str, &[&Origin])], live: &str) -> Service {
-    let instance = |(number, origin): (usize, &&Origin)| Instance { id: format!("i{number}"), address: Address::Tcp(origin.address), port: origin.address.port() };
-    let pools = pools.iter().map(|(name, origins)| ((*name).to_owned(), origins.iter().enumerate().map(instance).collect())).collect();
-    Service { routes: vec![Route::default()], pools, live: Some(live.into()), preview: None, mode: Mode::Serve, drain: Drain::default() }
+    let instance = |(number, origin): (usize, &&Origin)| Instance {
+        id: format!("i{number}"),
+        address: Address::Tcp(origin.address),
+        port: origin.address.port(),
+    };
+    let pools =
+        pools.iter().map(|(name, origins)| ((*name).to_owned(), origins.iter().enumerate().map(instance).collect())).collect();
+    Service {
+        routes: vec![Route::default()],
+        pools,
+        live: Some(live.into()),
+        preview: None,
+        mode: Mode::Serve,
+        drain: Drain::default(),
+    }
 }
 
 fn table(service: Service) -> Table {

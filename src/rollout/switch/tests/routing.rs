@@ -5,12 +5,17 @@ use super::*;
 #[test]
 fn the_most_specific_route_wins() {
     let names = ["exact", "exact-path", "wild", "wilder", "any", "any-path", "strip"];
-    let origins: Vec<Origin> = names.into_iter().map(|name| Origin::start(move |conn| {
-        while let Some(head) = conn.request() {
-            let text = format!("{name} {}", head.split(' ').nth(1).unwrap());
-            conn.answer(&text);
-        }
-    })).collect();
+    let origins: Vec<Origin> = names
+        .into_iter()
+        .map(|name| {
+            Origin::start(move |conn| {
+                while let Some(head) = conn.request() {
+                    let text = format!("{name} {}", head.split(' ').nth(1).unwrap());
+                    conn.answer(&text);
+                }
+            })
+        })
+        .collect();
     let routes = [
         route(Some("shop.test"), "/"),
         route(Some("shop.test"), "/api"),
@@ -55,9 +60,13 @@ fn the_most_specific_route_wins() {
 fn redirects_conflicts_and_unknown_addresses() {
     let origin = Origin::saying("x");
     let fixture = Fixture::start(|_| {});
-    let redirect = |path, to: &str, status| Route { redirect: Some(crate::config::types::Redirect { to: to.into(), status }), ..route(Some("old.test"), path) };
+    let redirect = |path, to: &str, status| Route {
+        redirect: Some(crate::config::types::Redirect { to: to.into(), status }),
+        ..route(Some("old.test"), path)
+    };
     let mut redirecting = service(&[("a", &[&origin])], "a");
-    redirecting.routes = vec![redirect("/", "https://new.test/", 308), redirect("/one", "https://new.test/page", 302), route(Some("a.test"), "/")];
+    redirecting.routes =
+        vec![redirect("/", "https://new.test/", 308), redirect("/one", "https://new.test/page", 302), route(Some("a.test"), "/")];
     fixture.switch.set(table(redirecting.clone())).unwrap();
     let mut client = fixture.client();
     for (host, path, status, location) in [
@@ -70,7 +79,10 @@ fn redirects_conflicts_and_unknown_addresses() {
         assert_eq!((answered, field(&head, "location")), (status, location), "{host}{path}");
     }
     // Two claims of one route change nothing.
-    let both = BTreeMap::from([("shop/prod".to_owned(), redirecting.clone()), ("other/prod".to_owned(), Service { routes: vec![route(Some("A.test"), "/")], ..redirecting.clone() })]);
+    let both = BTreeMap::from([
+        ("shop/prod".to_owned(), redirecting.clone()),
+        ("other/prod".to_owned(), Service { routes: vec![route(Some("A.test"), "/")], ..redirecting.clone() }),
+    ]);
     let error = fixture.switch.set(Table { services: both }).unwrap_err();
     assert_eq!(error.to_string(), "`other/prod` and `shop/prod` both claim the route `a.test/`");
     let mut missing = redirecting;

@@ -25,7 +25,11 @@ fn write(folder: &std::path::Path, name: &str, [certificate, key]: [&str; 2]) ->
 }
 
 /// The certificate shown to a client that asks for `name`, and the protocol agreed on.
-async fn handshake(address: SocketAddr, name: &str, protocols: &[&str]) -> io::Result<(tokio_rustls::client::TlsStream<TcpStream_>, Vec<u8>, Option<Vec<u8>>)> {
+async fn handshake(
+    address: SocketAddr,
+    name: &str,
+    protocols: &[&str],
+) -> io::Result<(tokio_rustls::client::TlsStream<TcpStream_>, Vec<u8>, Option<Vec<u8>>)> {
     let mut roots = rustls::RootCertStore::empty();
     [ONE, TWO].iter().for_each(|pair| roots.add(CertificateDer::from_pem_slice(pair[0].as_bytes()).unwrap()).unwrap());
     let builder = rustls::ClientConfig::builder_with_provider(Arc::new(rustls::crypto::ring::default_provider()));
@@ -82,9 +86,13 @@ fn protocols_and_names() {
         let request = http::Request::get("/").header("host", "one.test").body(Full::<Bytes>::default()).unwrap();
         let body = sender.send_request(request).await.unwrap().into_body().collect().await.unwrap().to_bytes();
         let text = String::from_utf8(body.to_vec()).unwrap();
-        assert_eq!((field(&text, "x-forwarded-proto"), field(&text, "forwarded")), (Some("https"), Some("for=127.0.0.1;proto=https;host=one.test")));
+        assert_eq!(
+            (field(&text, "x-forwarded-proto"), field(&text, "forwarded")),
+            (Some("https"), Some("for=127.0.0.1;proto=https;host=one.test"))
+        );
         let (stream, ..) = handshake(secure.address, "one.test", &["h2"]).await.unwrap();
-        let (mut sender, connection) = hyper::client::conn::http2::handshake(TokioExecutor::new(), TokioIo::new(stream)).await.unwrap();
+        let (mut sender, connection) =
+            hyper::client::conn::http2::handshake(TokioExecutor::new(), TokioIo::new(stream)).await.unwrap();
         tokio::spawn(connection);
         let request = http::Request::get("https://one.test/").body(Full::<Bytes>::default()).unwrap();
         assert_eq!(sender.send_request(request).await.unwrap().status(), 200);
@@ -93,7 +101,9 @@ fn protocols_and_names() {
     let mut plain = Conn::to(secure.address);
     plain.send("GET / HTTP/1.1\r\nhost: a\r\n\r\n");
     assert!(!plain.rest().0.contains("HTTP/1.1 200"));
-    eventually("a counted failure", || secure.fixture.switch.metrics().lines().any(|line| line == "pipeline_http_tls_failures_total 2").then_some(()));
+    eventually("a counted failure", || {
+        secure.fixture.switch.metrics().lines().any(|line| line == "pipeline_http_tls_failures_total 2").then_some(())
+    });
 }
 
 #[test]
@@ -104,7 +114,11 @@ fn new_certificates_are_taken_and_broken_ones_are_told() {
         eventually(part, || secure.told.lock().unwrap().iter().find(|text| text.contains(part)).cloned());
     };
     assert_eq!(shown("one.test").unwrap(), der(ONE));
-    for (broken, wanted) in [([ONE[0], TWO[1]], "do not belong together"), (["", ONE[1]], "holds no certificate"), ([ONE[0], "nothing"], "holds no private key")] {
+    for (broken, wanted) in [
+        ([ONE[0], TWO[1]], "do not belong together"),
+        (["", ONE[1]], "holds no certificate"),
+        ([ONE[0], "nothing"], "holds no private key"),
+    ] {
         write(secure.folder.path(), "one", broken);
         told(wanted);
         assert_eq!(shown("one.test").unwrap(), der(ONE), "{wanted}: the one before stays");

@@ -1,7 +1,7 @@
 //! WebSockets and other tunnels.
 
-use super::*;
 use super::super::frames::close;
+use super::*;
 
 /// An instance that takes WebSockets: it sends what it gets back, unmasked, and ends after a close frame.
 pub(super) fn websockets() -> Origin {

@@ -58,7 +58,10 @@ pub(super) fn parse(buffer: &mut BytesMut, is_head: bool) -> Result<Option<Head>
     let mut places = [Place::default(); MOST_FIELDS];
     let start = buffer.as_ptr() as usize;
     for (place, field) in places.iter_mut().zip(answer.headers.iter()) {
-        *place = Place { name: (field.name.as_ptr() as usize - start, field.name.len()), value: (field.value.as_ptr() as usize - start, field.value.len()) };
+        *place = Place {
+            name: (field.name.as_ptr() as usize - start, field.name.len()),
+            value: (field.value.as_ptr() as usize - start, field.value.len()),
+        };
     }
     let bytes = buffer.split_to(length).freeze();
     let fields = read_fields(&bytes, &places[..count])?;
@@ -79,7 +82,8 @@ fn read_fields(bytes: &Bytes, places: &[Place]) -> Result<Fields, &'static str> 
     for place in places {
         let range = |(start, length): (usize, usize)| start..start + length;
         let name = HeaderName::from_bytes(&bytes[range(place.name)]).map_err(|_| "the name of a field is malformed")?;
-        let value = HeaderValue::from_maybe_shared(bytes.slice(range(place.value))).map_err(|_| "the value of a field is malformed")?;
+        let value =
+            HeaderValue::from_maybe_shared(bytes.slice(range(place.value))).map_err(|_| "the value of a field is malformed")?;
         match name {
             CONTENT_LENGTH => {
                 let length = length(value.as_bytes()).ok_or("its content-length is malformed")?;
@@ -181,6 +185,9 @@ mod tests {
         let mut buffer = BytesMut::from("HTTP/1.1 200 OK\r\nSet-Cookie: a\r\nx-empty:\r\nset-cookie: b \r\n\r\nbody");
         let head = parse(&mut buffer, false).unwrap().unwrap();
         let cookies: Vec<_> = head.headers.get_all("set-cookie").iter().map(HeaderValue::as_bytes).collect();
-        assert_eq!((cookies, &head.headers["x-empty"], &buffer[..]), (vec![&b"a"[..], b"b"], &HeaderValue::from_static(""), &b"body"[..]));
+        assert_eq!(
+            (cookies, &head.headers["x-empty"], &buffer[..]),
+            (vec![&b"a"[..], b"b"], &HeaderValue::from_static(""), &b"body"[..])
+        );
     }
 }

@@ -55,7 +55,7 @@ pub(super) struct Failed {
 #[derive(Debug)]
 pub(super) enum Why {
     /// The connection broke or was closed.
-    Broken(io::Error),
+    Broken,
     /// The answer is not HTTP/1.1 as RFC 9112 has it.
     Malformed(&'static str),
     /// The client's side of the body failed.
@@ -73,7 +73,8 @@ impl Upstream {
     /// Whether an idle connection may be used: neither closed nor talked on out of turn.
     pub fn is_open(&self) -> bool {
         let mut byte = [0];
-        self.buffer.is_empty() && matches!(self.stream.try_read(&mut byte), Err(error) if error.kind() == io::ErrorKind::WouldBlock)
+        self.buffer.is_empty()
+            && matches!(self.stream.try_read(&mut byte), Err(error) if error.kind() == io::ErrorKind::WouldBlock)
     }
 
     /// The connection itself and what was read beyond the head, after an upgrade.
@@ -93,7 +94,14 @@ impl Upstream {
     ///
     /// `head` is the request line and the fields. `upload` is left as far as it came; its rest is sent by the [`Exchange`].
     /// With `expect` the body waits for the instance's 100, for the answer, or for a second.
-    pub async fn send(&mut self, head: &[u8], upload: &mut Option<Upload>, is_head: bool, expect: bool, ticket: &Ticket) -> Result<Head, Failed> {
+    pub async fn send(
+        &mut self,
+        head: &[u8],
+        upload: &mut Option<Upload>,
+        is_head: bool,
+        expect: bool,
+        ticket: &Ticket,
+    ) -> Result<Head, Failed> {
         let mut state = Sending { written: 0, waits: expect && upload.is_some(), answered: false, is_head };
         let mut pause = state.waits.then(|| Box::pin(tokio::time::sleep(CONTINUE_WAIT)));
         std::future::poll_fn(|context| {
@@ -117,13 +125,19 @@ impl Upstream {
         .map_err(|why| Failed { why, sent: state.written > 0, answered: state.answered })
     }
 
-    fn poll_send(&mut self, context: &mut Context<'_>, head: &[u8], upload: &mut Option<Upload>, state: &mut Sending) -> Poll<Result<Head, Why>> {
+    fn poll_send(
+        &mut self,
+        context: &mut Context<'_>,
+        head: &[u8],
+        upload: &mut Option<Upload>,
+        state: &mut Sending,
+    ) -> Poll<Result<Head, Why>> {
         while state.written < head.len() {
             match Pin::new(&mut self.stream).poll_write(context, &head[state.written..]) {
-                Poll::Ready(Ok(0)) => return Poll::Ready(Err(Why::Broken(io::ErrorKind::WriteZero.into()))),
+                Poll::Ready(Ok(0)) => return Poll::Ready(Err(Why::Broken)),
                 Poll::Ready(Ok(count)) => state.written += count,
                 // It may have answered and closed: what it said counts more than the broken pipe.
-                Poll::Ready(Err(error)) if state.written == 0 => return Poll::Ready(Err(Why::Broken(error))),
+                Poll::Ready(Err(_)) if state.written == 0 => return Poll::Ready(Err(Why::Broken)),
                 Poll::Ready(Err(_)) | Poll::Pending => break,
             }
         }
@@ -151,9 +165,9 @@ impl Upstream {
                 None => {}
             }
             match ready!(self.poll_fill(context, FIRST_READ_BYTES)) {
-                Ok(0) => return Poll::Ready(Err(Why::Broken(io::ErrorKind::UnexpectedEof.into()))),
+                Ok(0) => return Poll::Ready(Err(Why::Broken)),
                 Ok(_) => state.answered = true,
-                Err(error) => return Poll::Ready(Err(Why::Broken(error))),
+                Err(_) => return Poll::Ready(Err(Why::Broken)),
             }
         }
     }
