@@ -13,7 +13,7 @@ mod place;
 mod targets;
 
 use common::{me, users};
-use place::{Place, Watched};
+use place::Place;
 
 /// Two environments whose instances are on this machine.
 pub const LOCAL: &str = "\

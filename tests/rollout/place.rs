@@ -10,7 +10,7 @@ use std::time::{Duration, Instant};
 use clap::Parser as _;
 use serde_json::Value;
 
-use super::common::project::tiny_base;
+use super::common::tiny_base;
 use super::common::{Project, Run, Running, User};
 use super::load::client::{self, ClientArgs};
 
@@ -267,7 +267,7 @@ fn app_base() -> &'static [u8] {
             header.set_gid(0);
             tar.append_data(&mut header, path.strip_prefix("/").unwrap(), bytes.as_slice()).unwrap();
         };
-        let needs = pipeline::cmd::Cmd::new("ldd").arg(&program).run().unwrap();
+        let needs = pipeline::cmd::Cmd::new("ldd").arg(&program).text().unwrap();
         for path in needs.split_whitespace().filter(|word| word.starts_with('/')) {
             add(Path::new(path), &fs_err::canonicalize(path).unwrap());
         }

@@ -270,7 +270,7 @@ mod tests {
             let found = app(apps, wanted, pipeline).map(|app| app.name.as_str()).map_err(|error| error.to_string());
             assert_eq!(
                 found.as_deref().map_err(String::as_str),
-                expected.as_deref().copied().map_err(|words| *words),
+                expected,
                 "{wanted:?} {pipeline}"
             );
         }
