@@ -68,8 +68,8 @@ impl Place {
     /// Starts the daemon, and waits until it answers.
     pub fn serve(&self, more: &[&str]) -> Daemon<'_> {
         let running = self.verb(&["serve", "--poll", "1s"]).args(&["--listen", &self.address.to_string()]).args(more).start();
-        let daemon = Daemon { place: self, running };
-        daemon.wait();
+        let mut daemon = Daemon { place: self, running };
+        daemon.running.wait_for("serving");
         daemon
     }
 
@@ -77,13 +77,23 @@ impl Place {
     pub fn status(&self, environment: &str) -> Value {
         let name = format!("tiny/{environment}");
         let value = self.verb(&["--json", "status", &name]).ok().json();
-        value["environments"][0]["rollout"].clone()
+        value["served"][0].clone()
     }
 
-    /// Waits until `version` serves in `environment` and its rollout is over.
+    /// Waits until `version` serves in `environment`, its rollout is over, and the ledger knows that it is healthy.
     #[track_caller]
     pub fn wait_for(&self, environment: &str, version: &str) {
         self.wait(environment, |status| status["live"]["version"] == version && status["rollout"]["outcome"] != Value::Null);
+        let name = format!("tiny/{environment}");
+        let patience = Instant::now() + PATIENCE;
+        loop {
+            let row = self.verb(&["--json", "status", &name]).ok().json()["environments"][0].clone();
+            if row["version"] == version && row["health"] == "healthy" {
+                return;
+            }
+            assert!(Instant::now() < patience, "{row:#}");
+            std::thread::sleep(Duration::from_millis(100));
+        }
     }
 
     /// Waits until the environment is as `good` says.
@@ -158,20 +168,6 @@ pub struct Daemon<'p> {
 }
 
 impl<'p> Daemon<'p> {
-    /// Waits until the daemon of this process answers.
-    fn wait(&self) {
-        let patience = Instant::now() + PATIENCE;
-        let pid = self.running.pid();
-        loop {
-            let answer = self.place.verb(&["--json", "rollout", "daemon"]).run();
-            if answer.status.success() && answer.json()["daemon"]["pid"] == pid {
-                return;
-            }
-            assert!(Instant::now() < patience, "{}{}", self.running.stderr(), answer.stderr);
-            std::thread::sleep(Duration::from_millis(20));
-        }
-    }
-
     /// A new one in its place, that takes over its sockets.
     pub fn replaced(mut self) -> Daemon<'p> {
         let new = self.place.serve(&["--replace"]);
