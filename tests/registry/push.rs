@@ -289,6 +289,37 @@ fn what_others_attached_wrongly_is_passed_over() {
     }
 }
 
+/// A tag where the list of referrers should be, and an index among them whose parts are gone, stop nothing either.
+#[test]
+fn a_list_of_referrers_that_is_none_is_passed_over() {
+    let dir = tempfile::tempdir().unwrap();
+    let (store, layout, parts) = attached(dir.path());
+    for has_list in [false, true] {
+        let server = Faulty::start(has_list, |_| None);
+        push(&store, &layout.manifest, server.port, "app:1").unwrap();
+        let image = Digest::of(&layout.manifest);
+        let index = serde_json::json!({
+            "schemaVersion": 2, "mediaType": OCI_INDEX, "manifests": [descriptor(OCI_MANIFEST, b"gone")],
+            "subject": descriptor(OCI_MANIFEST, &layout.manifest),
+        });
+        let index = index.to_string().into_bytes();
+        let name = if has_list { Digest::of(&index).to_string() } else { format!("sha256-{}", image.hex()) };
+        let bytes = if has_list { index.clone() } else { layout.manifest.clone() };
+        let kind = if has_list { OCI_INDEX } else { OCI_MANIFEST };
+        server.state.lock().unwrap().manifests.insert(format!("app/{name}"), (kind.into(), bytes));
+        let there = self::store(&dir.path().join(format!("there-{has_list}")));
+        let told = Told::default();
+        let client = registry(&RegistryOptions::default());
+        remote::pull(&there, &client, &reference(server.port, "app:1"), Some("app:1"), Reach::All, &told).unwrap();
+        let signature = there.tagged(&format!("sha256-{}.sig", image.hex())).unwrap().unwrap();
+        assert_eq!(signature.digest, Digest::of(&parts[0]));
+        assert_eq!(there.tagged(&format!("sha256-{}.sbom.spdx", image.hex())).unwrap().is_some(), has_list);
+        let told = told.0.into_inner().unwrap();
+        let expected = if has_list { Digest::of(&index).to_string() } else { format!("the referrers of {image}") };
+        assert!(told.len() == 1 && told[0].contains(&expected) && told[0].contains("passed over"), "{told:?}");
+    }
+}
+
 /// Keeps warnings.
 #[derive(Default)]
 struct Told(std::sync::Mutex<Vec<String>>);

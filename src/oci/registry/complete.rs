@@ -12,11 +12,15 @@ use super::referrers::{self, Referring};
 use super::session::{Session, in_parallel};
 use super::tree::{Budget, Item, Tree};
 use super::{BlobSink, Reference};
+use crate::error::exit_code;
 use crate::oci::digest::Digest;
 use crate::progress::Progress;
 
 /// A signature of an SBOM of an image is three deep.
 const REFERRERS_DEPTH: usize = 4;
+
+/// What may be otherwise the next time is no fault of what was attached.
+const TRANSIENT: u8 = 75;
 
 /// How much of an index is wanted.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
@@ -139,8 +143,12 @@ impl Complete {
             // Threads end in any order.
             referring.sort_by(|a, b| (a.subject, &a.tag, a.item.digest).cmp(&(b.subject, &b.tag, b.item.digest)));
             for referring in referring {
-                self.attached.push(Attached::new(&referring));
-                self.tree.add(referring.item, read)?;
+                let attached = Attached::new(&referring);
+                match self.tree.add(referring.item, read) {
+                    Ok(()) => self.attached.push(attached),
+                    Err(error) if exit_code(&error) == TRANSIENT => return Err(error),
+                    Err(error) => progress.warn(format!("`{}` was passed over: {error:#}", attached.manifest.digest)),
+                }
             }
         }
         Ok(())

@@ -123,9 +123,14 @@ pub(super) fn find(session: &Session, connection: &mut Connection, asked: Asked<
     let (mut found, mut passed_over) = (Vec::new(), Vec::new());
     let repository = &session.peer.repository;
     let tell = |what: &str, trouble: &Trouble| -> anyhow::Error { session.teller.problem(what, trouble).into() };
-    let entries = connection
-        .call(async |wire| list(&wire, subject, api).await)
-        .map_err(|trouble| tell(&format!("the referrers of {subject}"), &trouble))?;
+    let entries = match connection.call(async |wire| list(&wire, subject, api).await) {
+        Ok(entries) => entries,
+        Err(trouble) if is_nonsense(&trouble) => {
+            passed_over.push(format!("the referrers of {subject} in `{repository}` were passed over: {trouble}"));
+            Vec::new()
+        }
+        Err(trouble) => return Err(tell(&format!("the referrers of {subject}"), &trouble)),
+    };
     let names = entries.iter().map(|entry| (entry.descriptor.digest.to_string(), None));
     let tags = if with_tags { cosign_tags(subject) } else { Vec::new() };
     for (name, tag) in names.chain(tags.into_iter().map(|tag| (tag.clone(), Some(tag)))) {
@@ -137,13 +142,16 @@ pub(super) fn find(session: &Session, connection: &mut Connection, asked: Asked<
                 }
                 continue;
             }
-            Err(trouble) if trouble.is_wrong() => {
+            Err(trouble) if is_nonsense(&trouble) => {
                 passed_over.push(format!("`{name}` in `{repository}` was passed over: {trouble}"));
                 continue;
             }
             Err(trouble) => return Err(tell(&name, &trouble)),
         };
-        budget.take(bytes.len())?;
+        if let Err(error) = budget.take(bytes.len()) {
+            passed_over.push(format!("`{name}` and what comes after it in `{repository}` were passed over: {error:#}"));
+            break;
+        }
         match Item::parse(digest, bytes) {
             Ok(item) if tag.is_none() && item.document.subject.as_ref().is_none_or(|named| named.digest != *subject) => {
                 passed_over.push(format!(
@@ -155,4 +163,9 @@ pub(super) fn find(session: &Session, connection: &mut Connection, asked: Asked<
         }
     }
     Ok((found, passed_over))
+}
+
+/// Whether a registry answered, and what it said is of no use: somebody may have put it there.
+fn is_nonsense(trouble: &Trouble) -> bool {
+    trouble.is_wrong() || matches!(trouble, Trouble::Other(_))
 }
