@@ -15,7 +15,7 @@ use pipeline::artifact::image::{self, Layer, Recipe, RunConfig};
 use pipeline::artifact::keys::{PrivateKey, write_pair};
 use pipeline::artifact::release::{self, Entry, Kind};
 use pipeline::artifact::store::{Descriptor, REF_NAME, Store};
-use pipeline::artifact::{referrer, sign};
+use pipeline::artifact::{referrer, sbom, sign};
 use pipeline::cmd::Cmd;
 use pipeline::oci::digest::Digest;
 use serde_json::Value;
@@ -53,13 +53,21 @@ impl Shop {
 
     /// A signed release `tiny:VERSION` of an image with a layer all of them share and one of its own.
     fn release(&self, version: &str) -> Digest {
+        self.release_with(version, "etc/version", version.as_bytes())
+    }
+
+    /// The same with another file in its own layer.
+    fn release_with(&self, version: &str, path: &str, content: &[u8]) -> Digest {
         let store = self.store();
         let common: Vec<u8> = (0..20_000_u32).flat_map(u32::to_le_bytes).collect();
-        let layers = [("usr/common", common), ("etc/version", version.as_bytes().to_vec())].map(|(path, content)| {
+        let layers = [("usr/common", common), (path, content.to_vec())].map(|(path, content)| {
             let mut builder = tar::Builder::new(Vec::new());
             let mut header = tar::Header::new_gnu();
             header.set_size(content.len() as u64);
             header.set_mode(0o644);
+            header.set_uid(0);
+            header.set_gid(0);
+            header.set_mtime(0);
             builder.append_data(&mut header, path, content.as_slice()).unwrap();
             let layer = builder.into_inner().unwrap();
             let diff_id = store.put(&layer).unwrap();
@@ -378,6 +386,76 @@ fn releases_are_signed_verified_and_shown() {
         layer
     };
     verify("ours.pub").run().code(1).prints(&layer.to_string()).prints("is corrupt");
+}
+
+/// Packages are those of the bytes: whoever may push may attach another list.
+#[test]
+fn a_list_of_packages_that_somebody_attached_changes_no_answer() {
+    let gate = "sbom: { deny: { packages: [\"npm:left-pad\"] } }";
+    let shop = Shop::new(free_port(), &format!("  dev: {{}}\n  prod: {{ from: dev, gates: [ {{ {gate} }} ] }}\n"));
+    let cases: [(&str, &str, &[u8], i32, &str); 3] = [
+        ("1.0", "etc/version", b"1.0", 0, "ok  sbom  0 packages"),
+        (
+            "1.1",
+            "app/node_modules/left-pad/package.json",
+            br#"{"name":"left-pad","version":"1.3.0"}"#,
+            1,
+            "NO  sbom  package `left-pad` is denied",
+        ),
+        (
+            "1.2",
+            "var/lib/rpm/rpmdb.sqlite",
+            b"x",
+            1,
+            "??  sbom  the list is not complete: nothing here reads the packages of `var/lib/rpm`",
+        ),
+    ];
+    for (version, path, content, code, answer) in cases {
+        let release = shop.release_with(version, path, content);
+        let store = shop.store();
+        let entry = release::read(&store, &release).unwrap().entries[0].clone();
+        let subject = sbom::subject(&store, &entry.digest, "tiny", "0.1.0").unwrap();
+        let forged = sbom::Inventory::default().spdx(&subject).unwrap();
+        let types = (sbom::SPDX_TYPE, sbom::SPDX_TYPE);
+        referrer::attach(&store, &entry.descriptor(), &referrer::Kind::Spdx, types, &forged, &BTreeMap::new()).unwrap();
+        shop.promote("dev", version).ok();
+        shop.promote("prod", version).run().code(code).prints(answer);
+    }
+}
+
+/// Two people with two keys over one reference: the bytes they sign are the same, and both signatures stay.
+#[test]
+fn a_second_signer_takes_no_signature_away() {
+    let port = free_port();
+    let shops = [Shop::new(port, TWO), Shop::new(port, TWO)];
+    let _server = Server::start_on(port, &shops[0].project.beside("server"), "");
+    let releases = shops.each_ref().map(|shop| shop.release("1.0"));
+    assert_eq!(releases[0], releases[1]);
+    let target = format!("127.0.0.1:{port}/team/tiny:1.0");
+    let signatures = |tag: &str| -> usize {
+        let reference = format!("docker://127.0.0.1:{port}/team/tiny:{tag}");
+        let raw = Cmd::new("skopeo").args(["inspect", "--raw", "--tls-verify=false", &reference]).text().unwrap();
+        let manifest: Value = serde_json::from_str(&raw).unwrap();
+        let layers = manifest["layers"].as_array().unwrap();
+        let all: BTreeSet<&str> = layers.iter().map(|layer| layer["annotations"][sign::SIGNATURE].as_str().unwrap()).collect();
+        let payloads: BTreeSet<&str> = layers.iter().map(|layer| layer["digest"].as_str().unwrap()).collect();
+        assert_eq!((payloads.len(), all.len()), (1, layers.len()));
+        layers.len()
+    };
+    let entry = release::read(&shops[0].store(), &releases[0]).unwrap().entries[0].digest;
+    let tags = [releases[0], entry].map(|digest| format!("sha256-{}.sig", digest.hex()));
+    // The first one's push at the end does not know the second one's.
+    for (shop, expected) in [(0, 1), (1, 2), (0, 2)] {
+        shops[shop].verb(&["artifact", "push", "tiny:1.0", &target]).ok();
+        assert_eq!(tags.each_ref().map(|tag| signatures(tag)), [expected; 2]);
+    }
+    let keys = shops.each_ref().map(|shop| shop.project.path("ours.pub"));
+    let third = shops[0].project.beside("third");
+    let elsewhere = |args: &[&str]| shops[0].project.bare(&["--root"]).arg(&third).args(args);
+    elsewhere(&["artifact", "pull", &target, "tiny:1.0"]).ok();
+    for key in &keys {
+        elsewhere(&["artifact", "verify", "tiny:1.0", "--key", key.to_str().unwrap()]).ok();
+    }
 }
 
 /// What another machine signed and reported arrives as it was.

@@ -348,7 +348,7 @@ fn what_cannot_be_promoted() {
 fn releases_that_are_not_what_they_should_be() {
     let shop = Shop::without(
         me(),
-        "environments:\n  dev: {}\n  prod:\n    from: dev\n    gates:\n    - signed: { keys: [keys/team.pub] }\n    - provenance: { clean: true }\n    - name: late\n      provenance: { clean: true, keys: [keys/team.pub] }\n",
+        "environments:\n  dev: {}\n  prod:\n    from: dev\n    gates:\n    - signed: { keys: [keys/team.pub] }\n    - provenance: { clean: true, unsigned: true }\n    - name: late\n      provenance: { clean: true, keys: [keys/team.pub] }\n",
     );
     let keys = shop.project.path("keys");
     shop.project.write("keys/none", "");
@@ -411,6 +411,91 @@ fn releases_that_are_not_what_they_should_be() {
     fs_err::rename(shop.project.path("blob"), blob(&layer)).unwrap();
     assert_eq!(promote("1.3").0, 0);
     assert_eq!(shop.version("prod"), "1.3");
+    shop.is_sound();
+}
+
+/// Whatever the gates are: what is missing or was changed goes nowhere.
+#[test]
+fn a_release_that_is_not_whole_goes_nowhere() {
+    let shop = Shop::new(me(), "environments:\n  dev: {}\n  prod: { from: dev, gates: [ { healthy: true } ] }\n");
+    let digest = shop.release("1.0");
+    shop.verb(&["promote", "--to", "dev"]).ok();
+    let blob = |digest: &str| shop.project.root.join("store/blobs/sha256").join(digest.trim_start_matches("sha256:"));
+    let read = |digest: &str| -> Value { serde_json::from_slice(&fs_err::read(blob(digest)).unwrap()).unwrap() };
+    let image = read(&digest)["manifests"][0]["digest"].as_str().unwrap().to_owned();
+    let manifest = read(&image);
+    let layer = manifest["layers"].as_array().unwrap().last().unwrap()["digest"].as_str().unwrap().to_owned();
+    let config = manifest["config"]["digest"].as_str().unwrap().to_owned();
+    for part in [&layer, &config, &image, &digest] {
+        let good = fs_err::read(blob(part)).unwrap();
+        let mut bad = good.clone();
+        bad[good.len() / 2] ^= 1;
+        for (what, bytes) in [("one byte", Some(&bad)), ("gone", None)] {
+            match bytes {
+                Some(bytes) => fs_err::write(blob(part), bytes).unwrap(),
+                None => fs_err::remove_file(blob(part)).unwrap(),
+            }
+            if part == &digest && bytes.is_none() {
+                // A release that is not here at all is for its registry to be whole.
+                shop.verb(&["promote", "--to", "prod", "--dry-run"]).ok();
+                continue;
+            }
+            for args in [&["promote", "--to", "prod"][..], &["promote", "--to", "prod", "--dry-run"]] {
+                let answer = shop.nothing_changes(|| shop.verb(args).run());
+                answer.code(1).says(&format!("release {digest} is not whole in the store of this machine")).says(part);
+                assert_eq!(shop.version("prod"), "nothing", "{what} of {part}");
+            }
+        }
+        shop.project.write("blob", &good);
+        fs_err::rename(shop.project.path("blob"), blob(part)).unwrap();
+    }
+    shop.verb(&["promote", "--to", "prod"]).ok();
+    assert_eq!(shop.version("prod"), "1.0");
+    shop.is_sound();
+}
+
+/// The gate as the documentation writes it, over what `build --release` makes.
+#[test]
+fn provenance_is_as_it_is_documented_and_knows_what_is_not_committed() {
+    let gate = "provenance: { builders: [\"pipeline@*\"], clean: true, keys: [keys/team.pub] }";
+    let shop = Shop::without(me(), &format!("environments:\n  dev: {{}}\n  prod: {{ from: dev, gates: [ {{ {gate} }} ] }}\n"));
+    let keys = shop.project.path("keys");
+    shop.project.write("keys/none", "");
+    shop.verb(&["keys", "generate", "team", "--output"]).arg(&keys).ok();
+    shop.project.write(".gitignore", "/base.tar\n/keys\n");
+    shop.project.git(&["init", "--quiet"]);
+    shop.verb(&["environment", "apply"]).ok();
+    let key = keys.join("team.key");
+    let dirty = "made from a source with changes that are not committed";
+    let meddle: [(&str, &dyn Fn(), &str); 6] = [
+        ("1.0", &|| {}, ""),
+        ("1.1", &|| shop.project.write("pipeline.yaml", shop.project.read("pipeline.yaml") + "# changed\n"), dirty),
+        (
+            "1.2",
+            &|| shop.project.write("builder/s2i/bin/assemble", shop.project.read("builder/s2i/bin/assemble") + "# x\n"),
+            dirty,
+        ),
+        ("1.3", &|| shop.project.write("builder/s2i/bin/new", "#!/bin/sh\n"), dirty),
+        ("1.4", &|| shop.project.write("src/new.html", "<p>\n"), dirty),
+        ("1.5", &|| shop.project.write("beside", "of no use to the build\n"), ""),
+    ];
+    for (version, change, expected) in meddle {
+        let run = shop.build(version, &["--key", key.to_str().unwrap()]);
+        shop.project.git(&["add", "--all"]);
+        shop.project.git(&["commit", "--quiet", "--message", version]);
+        change();
+        run.ok();
+        shop.verb(&["promote", "--to", "dev", "--release", version]).ok();
+        let answer = shop.verb(&["--json", "promote", "--to", "prod", "--release", version]).run();
+        let found = answer.json()["outcome"]["plan"]["answers"][0].clone();
+        if expected.is_empty() {
+            assert_eq!(found["verdict"], "allow", "{version}: {found}");
+            let reason = found["reason"].as_str().unwrap();
+            assert!(reason.starts_with(&format!("built by `pipeline@{}` from ", env!("CARGO_PKG_VERSION"))), "{reason}");
+        } else {
+            assert_eq!((&found["verdict"], &found["reason"]), (&"deny".into(), &expected.into()), "{version}");
+        }
+    }
     shop.is_sound();
 }
 

@@ -13,6 +13,7 @@ pub mod sbom;
 pub mod sign;
 pub mod store;
 pub mod version;
+pub mod whole;
 
 /// What an artifact is: `image`, `host`, `disk`, or the type its manifest names (DESIGN, section 7,
 /// contract 1: the tag tells a host's image from an application's).

@@ -119,7 +119,15 @@ impl Office {
     /// Calls `work` with a desk.
     pub fn sit<T>(&self, work: impl FnOnce(&Desk<'_>) -> Result<T>) -> Result<T> {
         let boot = |digest: &_, test: &_| super::test::boot_for_gate(&self.around, digest, test) as Result<Tested>;
-        let evidence = FromStore { store: &self.around.store, cwd: &self.around.cwd, network: &self.network, boot: &boot };
+        let evidence = FromStore {
+            store: &self.around.store,
+            cwd: &self.around.cwd,
+            network: &self.network,
+            boot: &boot,
+            threads: self.around.host.threads,
+            progress: &self.around.progress,
+            told: Default::default(),
+        };
         let clock = || Timestamp::now();
         let desk = Desk {
             ledger: &self.ledger,

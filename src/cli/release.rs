@@ -70,7 +70,12 @@ pub fn make(global: &Global, around: &ui::Surroundings, pipeline: &Pipeline, bui
     let version_text = env!("PIPELINE_VERSION");
     let id = around.host.variables.get(BUILDER).cloned().unwrap_or_else(|| provenance::builder_id(version_text));
     let program = Digest::of_reader(fs_err::File::open(&around.host.program)?)?.0;
-    let dirty = built.changed_files > 0;
+    let other = crate::build::uncommitted(pipeline)?;
+    if let (0, Some(path), Some(_)) = (built.changed_files, &other, make::source_of(&around.store, &built.digest, true)?) {
+        let path = path.strip_prefix(&around.cwd).unwrap_or(path);
+        around.progress.note(format!("the provenance says `dirty`: `{}` is not as a commit has it", path.display()));
+    }
+    let dirty = built.changed_files > 0 || other.is_some();
     let reference = pipeline.releases.registry.clone().unwrap_or_else(|| name.clone());
     let wish = Wish {
         name: &name,
@@ -230,9 +235,12 @@ pub fn differences(around: &ui::Surroundings, from: &Pair, to: &Pair) -> Result<
                 |revision: &Option<String>| revision.as_ref().map_or("unknown".to_owned(), |it| it.chars().take(12).collect());
             lines.push(format!("commit {} → {}", shown(&one.revision), shown(&other.revision)));
         }
-        if let (Ok(Some(one)), Ok(Some(other))) =
-            (sbom::of_release(&around.store, &from.release), sbom::of_release(&around.store, &to.release))
-        {
+        let packages = |pair: &Pair| {
+            let computed = sbom::computed_of_release(&around.store, &pair.release, around.host.threads);
+            // Of what is not here any more the attached list tells at least something.
+            computed.ok().or_else(|| sbom::of_release(&around.store, &pair.release).ok().flatten())
+        };
+        if let (Some(one), Some(other)) = (packages(from), packages(to)) {
             let key = |package: &sbom::Package| (package.kind, package.name.clone());
             let old: std::collections::BTreeMap<_, _> = one.packages.iter().map(|it| (key(it), &it.version)).collect();
             let new: std::collections::BTreeMap<_, _> = other.packages.iter().map(|it| (key(it), &it.version)).collect();

@@ -308,9 +308,9 @@ pub fn diff(global: &Global, args: DiffArgs) -> Result<u8> {
         Ok(promotion::Pair::from(binding))
     };
     let (from, to) = (current(&one.environment)?, current(&other.environment)?);
-    let size = evidence::difference(&office.around.store, &from.release, &to.release).ok();
+    let size = evidence::difference(&office.around.store, &from.release, &to.release, office.around.host.threads).ok();
     let differences = super::release::differences(&office.around, &from, &to)?;
-    let value = json!({"schema": 1, "from": from, "to": to, "difference": size.map(|size| json!({"bytes": size.bytes, "packages": size.packages})), "changes": differences});
+    let value = json!({"schema": 1, "from": from, "to": to, "difference": size.as_ref().map(|size| json!({"bytes": size.bytes, "packages": size.packages})), "changes": differences});
     ui::answer(global, &value, || {
         let mut text = format!("{}: {} → {}: {}\n", one.environment, from.version, other.environment, to.version);
         if from == to {

@@ -278,6 +278,17 @@ impl Desk<'_> {
             let has_target = loaded.policy.environments.get(environment).is_some_and(|policy| !policy.targets.is_empty());
             let changes = plan.decision.to.is_some();
             let allowed = plan.allowed;
+            if allowed && matches!(action, Action::Promote(_) | Action::Enter(_)) {
+                let release = plan.to.as_ref().map(|to| to.release);
+                match release.map_or(Ok(()), |release| self.evidence.whole(&release)) {
+                    Ok(()) => {}
+                    Err(error) if automatic => {
+                        self.progress.warn(format!("nothing comes to `{pipeline}/{environment}` by itself: {error:#}"));
+                        return Ok(None);
+                    }
+                    Err(error) => return Err(error),
+                }
+            }
             let decision = plan.decision.clone();
             outcome =
                 Some(Outcome { plan, commit: None, unserved: has_target && changes, unpublished: false, followed: Vec::new() });

@@ -259,8 +259,11 @@ pub struct Provenance {
     pub builders: Vec<String>,
     pub sources: Vec<String>,
     pub clean: bool,
-    /// As in [`Signed::keys`].
+    /// As in [`Signed::keys`]. One of them must have signed.
     pub keys: Vec<String>,
+    /// Anybody may have written it. A policy that has neither this nor keys is older than the question.
+    #[serde(skip_serializing_if = "std::ops::Not::not")]
+    pub unsigned: bool,
 }
 
 /// What may be in a release.

@@ -189,9 +189,17 @@ impl Checker<'_> {
         for (key, list) in [("builders", &written.builders), ("sources", &written.sources)] {
             self.patterns(list, &place.key(key));
         }
+        let unsigned = written.unsigned.unwrap_or(false);
+        if written.keys.is_empty() && !unsigned {
+            let hint = "like `keys: [cosign.pub]`; `unsigned: true` takes what anybody who may push to the registry wrote";
+            self.findings.add_missing(place, "`provenance` needs `keys`", Some(hint.into()));
+        } else if unsigned && !written.keys.is_empty() {
+            let hint = Some("keep one of `keys` and `unsigned`".into());
+            self.findings.add(&place.key("unsigned"), "a provenance that keys must have signed is not `unsigned`", hint);
+        }
         let keys = self.public_keys(written.keys, &place.key("keys"));
         let clean = written.clean.unwrap_or(false);
-        Check::Provenance(Provenance { builders: written.builders, sources: written.sources, clean, keys })
+        Check::Provenance(Provenance { builders: written.builders, sources: written.sources, clean, keys, unsigned })
     }
 
     /// Texts that may end with `*`.
