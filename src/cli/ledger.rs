@@ -1,4 +1,4 @@
-//! `pipeline ledger path|verify|accept` and `keys generate`.
+//! `pipeline ledger path|log|verify|accept` and `keys generate`.
 
 use std::fmt::Write as _;
 use std::path::PathBuf;
@@ -7,7 +7,7 @@ use anyhow::{Context as _, Result};
 use serde_json::json;
 
 use super::desk::Office;
-use super::{Global, ui};
+use super::{Global, status, ui};
 use crate::artifact::keys::{self, PrivateKey};
 use crate::release::audit;
 
@@ -15,6 +15,8 @@ use crate::release::audit;
 pub enum Verb {
     /// Print where the ledger's Git repository is
     Path,
+    /// List decisions, of everybody about everything; the same as `pipeline log`
+    Log(status::LogArgs),
     /// Check the whole history: objects, chain, signatures, and that every state follows from its decisions
     Verify,
     /// Take the history as it is for the right one, after it was rewritten and somebody has looked at why
@@ -38,15 +40,17 @@ pub enum KeysVerb {
 pub const PASSWORD: &str = "COSIGN_PASSWORD";
 
 pub fn run(global: &Global, verb: Verb) -> Result<u8> {
-    let office = Office::open_to_read(global, None)?;
+    let office = || Office::open_to_read(global, None);
     match verb {
+        Verb::Log(args) => status::log(global, args),
         Verb::Path => {
+            let office = office()?;
             let path = office.ledger.dir();
             ui::answer(global, &json!({"schema": 1, "path": path}), || format!("{}\n", path.display()))?;
             Ok(0)
         }
         Verb::Verify => {
-            let verified = audit::verify(&office.ledger)?;
+            let verified = audit::verify(&office()?.ledger)?;
             let findings: Vec<_> = verified
                 .findings
                 .iter()
@@ -65,7 +69,7 @@ pub fn run(global: &Global, verb: Verb) -> Result<u8> {
             Ok(u8::from(!verified.findings.is_empty()))
         }
         Verb::Accept => {
-            office.ledger.accept()?;
+            office()?.ledger.accept()?;
             Ok(0)
         }
     }

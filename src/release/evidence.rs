@@ -1,10 +1,11 @@
 //! What gates are shown of a release: its signatures, provenance, bills of materials and reports in the store, and the world.
 
-use std::collections::{BTreeMap, BTreeSet};
+use std::collections::BTreeMap;
 use std::path::Path;
 
 use anyhow::{Context as _, Result, bail};
 
+use super::change;
 use super::gate::{self, Difference, Ended, Evidence, Package, ProvenanceSeen, ReportSeen, SignatureSeen, Tested};
 use crate::artifact::keys::PublicKey;
 use crate::artifact::referrer::{self, Kind as Attachment};
@@ -133,16 +134,7 @@ impl Evidence for FromStore<'_> {
 /// # Errors
 /// One of them is not in the store, or has no list of packages.
 pub fn difference(store: &Store, from: &Digest, to: &Digest) -> Result<Difference> {
-    let there: BTreeSet<Digest> = release::blobs(store, from)?.into_iter().map(|blob| blob.digest).collect();
-    let new = release::blobs(store, to)?;
-    let bytes = new.iter().filter(|blob| !there.contains(&blob.digest)).map(|blob| blob.size).sum();
-    let packages = |digest: &Digest| -> Result<BTreeMap<(String, String), String>> {
-        let inventory = sbom::of_release(store, digest)?
-            .with_context(|| Problem::failed(format!("release {} has no list of packages", digest.short())))?;
-        Ok(inventory.packages.into_iter().map(|package| ((package.kind.to_string(), package.name), package.version)).collect())
-    };
-    let (before, after) = (packages(from)?, packages(to)?);
-    let names: BTreeSet<_> = before.keys().chain(after.keys()).collect();
-    let packages = names.into_iter().filter(|name| before.get(*name) != after.get(*name)).count() as u64;
+    let bytes = change::bytes(store, Some(from), to)?;
+    let packages = change::packages(store, Some(from), to)?.len() as u64;
     Ok(Difference { bytes, packages })
 }
