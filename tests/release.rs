@@ -1055,10 +1055,10 @@ fn a_dry_run_shows_what_would_change() {
     shop.verb(&["diff", "prod", "dev"]).ok().prints("  cargo left 1.0.0 → 2.0.0\n").prints(" to move, 1 packages\n");
     // What the store does not have is said, and the rest is shown.
     let blob = shop.project.root.join("store/blobs/sha256").join(&first[7..]);
-    fs_err::rename(&blob, shop.project.beside("away")).unwrap();
+    fs_err::rename(&blob, shop.project.beside("away").join("blob")).unwrap();
     let dry = shop.nothing_changes(|| promote(&["--to", "prod", "--lift", "--dry-run"]).ok());
     dry.prints("  not known: ").prints(&first[7..19]).prints("  LEVEL: info → debug\n");
-    fs_err::rename(shop.project.beside("away"), &blob).unwrap();
+    fs_err::rename(shop.project.beside("away").join("blob"), &blob).unwrap();
     promote(&["--to", "prod", "--lift"]).ok();
     shop.is_sound();
 }
