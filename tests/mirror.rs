@@ -184,6 +184,55 @@ fn a_tag_moved_by_hand_is_told_and_stays() {
     shop.verb(&["environment", "tags", "tiny/prod"]).run().code(1).prints("MOVED by somebody to");
 }
 
+/// Nobody decided anything since: `status` asks where the tags stand, once a minute at most.
+#[test]
+fn status_finds_a_tag_that_was_moved() {
+    let port = free_port();
+    let shop = Shop::new(port, TWO);
+    let dir = shop.project.beside("server");
+    let server = Server::start_on(port, &dir, "");
+    let one = shop.release("1.0");
+    for to in ["dev", "prod"] {
+        shop.promote(to, "1.0").ok();
+    }
+    let strange = shop.release("1.1");
+    shop.promote("dev", "1.1").ok();
+    // As if the last look were long ago.
+    let later = || {
+        let path = shop.project.root.join("state/tags.json");
+        let mut tags: Value = serde_json::from_slice(&fs_err::read(&path).unwrap()).unwrap();
+        for (_, tag) in tags["tags"].as_object_mut().unwrap() {
+            tag["asked"] = "2020-01-01T00:00:00Z".into();
+        }
+        fs_err::write(&path, tags.to_string()).unwrap();
+    };
+    let state = |args: &[&str]| {
+        let value = shop.verb(&["--json", "status", "tiny/prod"]).args(args).ok().json();
+        (value["environments"][0]["tag"]["state"].clone(), value["not_looked_at"].as_array().unwrap().len())
+    };
+    shop.move_by_hand("prod", &strange);
+    assert_eq!(state(&["--offline"]), ("set".into(), 0));
+    let told = shop.verb(&["status"]).ok();
+    told.prints("SOMEBODY MOVED the tag").says("SOMEBODY MOVED the tag").says(&strange.to_string()).says("--retag");
+    assert_eq!(shop.tag("prod"), Some(strange), "it was overwritten");
+    // Moved back by hand: seen, but not within the minute.
+    shop.move_by_hand("prod", &one);
+    assert_eq!(state(&[]), ("moved".into(), 0));
+    later();
+    assert_eq!(state(&[]), ("set".into(), 0));
+    // A registry that is away, and one that does not answer, change nothing.
+    drop(server);
+    later();
+    let told = shop.verb(&["status", "tiny/prod"]).ok();
+    told.prints("1.0").says("not looked at where these tags stand: `127.0.0.1:").says_not("SOMEBODY");
+    later();
+    assert_eq!(state(&[]), ("set".into(), 1));
+    later();
+    let _silent = std::net::TcpListener::bind(("127.0.0.1", port)).unwrap();
+    shop.verb(&["status", "tiny/prod"]).ok().prints("1.0").says("no answer within 2 s");
+    assert_eq!(state(&[]), ("set".into(), 0), "it was asked again within the minute");
+}
+
 #[test]
 fn a_registry_that_is_away_changes_no_decision() {
     let port = free_port();
@@ -455,6 +504,56 @@ fn a_second_signer_takes_no_signature_away() {
     elsewhere(&["artifact", "pull", &target, "tiny:1.0"]).ok();
     for key in &keys {
         elsewhere(&["artifact", "verify", "tiny:1.0", "--key", key.to_str().unwrap()]).ok();
+    }
+}
+
+/// Attachments that are there and are not what they should be: through the store, with each gate's own reader.
+#[test]
+fn what_is_attached_and_broken_allows_nothing() {
+    let gates = "signed: { keys: [other.pub] } }, { provenance: {} }, { sbom: { deny: { packages: [telnetd] } } }, { report: { name: e2e }";
+    let shop = Shop::new(free_port(), "  dev: {}\n");
+    shop.verb(&["keys", "generate", "other"]).ok();
+    shop.project.edit(
+        "pipeline.yaml",
+        "  dev: {}\n",
+        &format!("  dev: {{}}\n  prod: {{ from: dev, gates: [ {{ {gates} }} ] }}\n"),
+    );
+    shop.verb(&["environment", "apply"]).ok();
+    let ask = || -> Vec<(String, String, String)> {
+        let answer = shop.promote("prod", "1.0").args(&["--json", "--dry-run"]).run();
+        answer.code(1);
+        let text = |value: &Value| value.as_str().unwrap().to_owned();
+        let value = answer.json();
+        let answers = value["outcome"]["plan"]["answers"].as_array().unwrap();
+        answers.iter().map(|it| (text(&it["gate"]), text(&it["verdict"]), text(&it["reason"]))).collect()
+    };
+    let release = shop.release("1.0");
+    shop.promote("dev", "1.0").ok();
+    let bare = ask();
+    let junk: [&[u8]; 3] = [b"", b"{\"", b"{\"payload\": 7, \"predicateType\": [], \"spdxVersion\": {}}"];
+    for bytes in junk {
+        {
+            let store = shop.store();
+            let index = release::read(&store, &release).unwrap();
+            let subject = Descriptor::new(OCI_INDEX, release, fs_err::metadata(store.blob(&release)).unwrap().len());
+            let entry = &index.entries[0];
+            let image = Descriptor::new("application/vnd.oci.image.manifest.v1+json", entry.digest, entry.size);
+            let attach = |subject: &Descriptor, kind: referrer::Kind, media_type: &str| {
+                referrer::attach(&store, subject, &kind, (media_type, media_type), bytes, &BTreeMap::new()).unwrap();
+            };
+            attach(&subject, referrer::Kind::Bundle, "application/vnd.dev.sigstore.bundle.v0.3+json");
+            attach(&subject, referrer::Kind::Provenance, "application/vnd.in-toto+json");
+            attach(&image, referrer::Kind::Spdx, "application/spdx+json");
+            referrer::attach_report(&store, &subject, ("e2e", "perhaps"), "application/xml", bytes).unwrap();
+        }
+        let broken = ask();
+        for ((gate, verdict, reason), before) in broken.iter().zip(&bare) {
+            assert_ne!(verdict, "allow", "{gate}: {reason}");
+            assert!(!reason.is_empty() && before.1 != "allow", "{gate}: {reason}");
+            // It was looked at: nothing there at all is another answer.
+            assert!(gate == "signed" || *reason != before.2, "{gate}: {reason}");
+        }
+        assert_eq!(broken.len(), 4);
     }
 }
 

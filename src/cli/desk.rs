@@ -45,6 +45,13 @@ pub struct Place {
     pub environment: String,
 }
 
+impl Place {
+    /// `shop/prod`.
+    pub fn name(&self) -> String {
+        format!("{}/{}", self.pipeline, self.environment)
+    }
+}
+
 impl Office {
     /// Opens the ledger for somebody who decides. `pipeline`: the one that is meant, where a verb names it.
     pub fn open(global: &Global, pipeline: Option<&str>) -> Result<Self> {
@@ -112,7 +119,17 @@ impl Office {
             }
             _ => None,
         };
-        let network = gate::http::Network { ca_bundle: around.host.ca_bundle.clone(), ..Default::default() };
+        // Lower case first, as curl and the registry client read them.
+        let variable = |name: &str| {
+            let given = |name: &str| around.host.variables.get(name).filter(|value| !value.is_empty()).cloned();
+            given(name).or_else(|| given(&name.to_uppercase()))
+        };
+        let network = gate::http::Network {
+            https_proxy: variable("https_proxy"),
+            http_proxy: variable("http_proxy"),
+            no_proxy: variable("no_proxy"),
+            ca_bundle: around.host.ca_bundle.clone(),
+        };
         Ok(Self { around, ledger, remote, name, email: git.email, signer, network, here })
     }
 

@@ -15,7 +15,7 @@ pub use host::{
 pub use host::{Units, User};
 pub use release::{
     Approve, Budget, Check, Command, Environment, Gate, Http, Ledger, Person, Provenance, Releases, Report, Sbom, SbomDeny,
-    Seconds, SecretRef, Signed, Upstream, VmTestFile, Volume, Window, Yes, role,
+    Script, Seconds, SecretRef, Signed, Upstream, VmTestFile, Volume, Window, Yes, role,
 };
 
 mod host;

@@ -6,6 +6,7 @@ use std::path::Path;
 
 use anyhow::{Context as _, Result, bail};
 
+use super::change;
 use super::gate::{self, Difference, Ended, Evidence, Package, ProvenanceSeen, ReportSeen, SignatureSeen, Tested};
 use crate::artifact::keys::PublicKey;
 use crate::artifact::referrer::{self, Kind as Attachment};
@@ -172,17 +173,13 @@ impl Evidence for FromStore<'_> {
 /// # Errors
 /// One of them is not in the store.
 pub fn difference(store: &Store, from: &Digest, to: &Digest, threads: usize) -> Result<Difference> {
-    let there: BTreeSet<Digest> = release::blobs(store, from)?.into_iter().map(|blob| blob.digest).collect();
-    let new = release::blobs(store, to)?;
-    let bytes = new.iter().filter(|blob| !there.contains(&blob.digest)).map(|blob| blob.size).sum();
-    let mut unread = BTreeSet::new();
-    let mut packages = |digest: &Digest| -> Result<BTreeMap<(String, String), String>> {
+    let bytes = change::bytes(store, Some(from), to)?;
+    let unread = RefCell::new(BTreeSet::new());
+    let computed = |digest: &Digest| {
         let inventory = sbom::computed_of_release(store, digest, threads)?;
-        unread.extend(inventory.unread);
-        Ok(inventory.packages.into_iter().map(|package| ((package.kind.to_string(), package.name), package.version)).collect())
+        unread.borrow_mut().extend(inventory.unread.iter().cloned());
+        Ok(inventory)
     };
-    let (before, after) = (packages(from)?, packages(to)?);
-    let names: BTreeSet<_> = before.keys().chain(after.keys()).collect();
-    let packages = names.into_iter().filter(|name| before.get(*name) != after.get(*name)).count() as u64;
-    Ok(Difference { bytes, packages, unread: unread.into_iter().collect() })
+    let packages = change::packages(&computed, Some(from), to)?.len() as u64;
+    Ok(Difference { bytes, packages, unread: unread.into_inner().into_iter().collect() })
 }

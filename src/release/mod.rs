@@ -8,9 +8,10 @@
 //! ```
 //! Pure: [`policy`] (what was applied), [`state`] (one environment, and the one function that changes it), [`decision`],
 //! [`gate`] (questions as data), [`promotion`] (what would happen) and [`message`]. [`ledger`] knows Git and nothing of
-//! states; [`evidence`] looks at the store and the world for the gates.
+//! states; [`evidence`] looks at the store and the world for the gates, [`change`] compares two releases in it.
 
 pub mod audit;
+pub mod change;
 pub mod decision;
 pub mod desk;
 pub mod evidence;

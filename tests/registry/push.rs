@@ -272,7 +272,7 @@ fn what_others_attached_wrongly_is_passed_over() {
     let list = serde_json::json!({"schemaVersion": 2, "mediaType": OCI_INDEX, "manifests": entries}).to_string();
     let list: &'static str = Box::leak(list.into_boxed_str());
     let asked = format!("/referrers/{image}");
-    server.script(move |request: &Asked| request.is("GET", &asked).then(|| Fault::Answer(200, "", list)));
+    server.script(move |request: &Asked| request.is("GET", &asked).then_some(Fault::Answer(200, "", list)));
     let told = Told::default();
     let there = self::store(&dir.path().join("there"));
     let client = registry(&RegistryOptions::default());
@@ -508,7 +508,7 @@ fn an_upload_that_claims_too_much_fails() {
     let manifest = artifact(&store, &layout.layers[2].repeat(4), "text/x-big", None);
     for range in ["range: 0-99999999999\r\n", "range: 0-18446744073709551615\r\n"] {
         let headers: &'static str = Box::leak(format!("location: /v2/app/blobs/uploads/x\r\n{range}").into_boxed_str());
-        let server = Faulty::start(true, move |asked: &Asked| asked.is("PATCH", "").then(|| Fault::Answer(202, headers, "")));
+        let server = Faulty::start(true, move |asked: &Asked| asked.is("PATCH", "").then_some(Fault::Answer(202, headers, "")));
         let (code, message, _) = told(&push(&store, &manifest, server.port, "app:1").unwrap_err());
         assert_eq!(code, 1);
         assert!(message.contains("it says that it has ") && message.contains(" bytes of "), "{message}");

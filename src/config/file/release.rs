@@ -255,7 +255,8 @@ pub struct SbomDeny {
 #[derive(Debug, Clone, Deserialize, JsonSchema)]
 #[serde(deny_unknown_fields)]
 pub struct Command {
-    /// The program and its arguments, or a text for `sh -c`; it starts in the folder `pipeline` was called in.
+    /// The program and its arguments, or a text for `sh -c`. A program named by a relative path with a `/` is a script beside the
+    /// pipeline file and goes into the ledger with it. It starts in an empty folder.
     pub run: OneOrMany,
     /// How long it may take, like `30s`. Default: 60s.
     #[serde(default)]

@@ -8,8 +8,8 @@ use crate::config::file;
 use crate::config::recurrence::Rule;
 use crate::config::syntax::{self, Wrong};
 use crate::config::types::{
-    Approve, Budget, Check, Command, Gate, Http, Provenance, Report, Sbom, SbomDeny, Seconds, Signed, Upstream, VmTestFile,
-    Window, Yes, role,
+    Approve, Budget, Check, Command, Gate, Http, Provenance, Report, Sbom, SbomDeny, Script, Seconds, Signed, Upstream,
+    VmTestFile, Window, Yes, role,
 };
 use crate::config::yaml::Place;
 
@@ -242,7 +242,12 @@ impl Checker<'_> {
         }
         self.command(&run, &place.key("run"));
         let timeout = self.seconds(written.timeout, &place.key("timeout"), COMMAND_TIMEOUT);
-        Some(Check::Command(Command { run, timeout }))
+        let mut command = Command { run, timeout, script: None };
+        if command.names_a_file() {
+            let path = self.existing(&command.run[0], &place.key("run"), "file", Path::is_file);
+            command.script = Some(Script { file: path.to_string_lossy().into_owned(), text: String::new() });
+        }
+        Some(Check::Command(command))
     }
 
     fn seconds(&mut self, text: Option<String>, place: &Place<'_>, default: Seconds) -> Seconds {

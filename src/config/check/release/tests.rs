@@ -425,7 +425,7 @@ fn what_is_read() {
 fn the_examples_of_the_page_are_right() {
     let (_keep, file) = folder();
     fs_err::create_dir_all(file.parent().unwrap().join("vm-tests")).unwrap();
-    for name in ["cosign.pub", "vm-tests/smoke.yaml"] {
+    for name in ["cosign.pub", "ready.sh", "vm-tests/smoke.yaml"] {
         fs_err::write(file.parent().unwrap().join(name), "").unwrap();
     }
     let page = include_str!("../../../../docs/environments.md");
