@@ -6,17 +6,23 @@
 //! lives as long as the work. [`Cmd::kept`] is for the shim alone.
 
 use std::ffi::{OsStr, OsString};
-use std::io::Write as _;
+use std::io::{Read, Write as _};
 use std::os::fd::OwnedFd;
 use std::os::unix::process::{CommandExt as _, ExitStatusExt as _};
 use std::path::Path;
 use std::process::{Child, Command, ExitStatus, Output, Stdio};
+use std::sync::mpsc::{Receiver, channel};
+use std::time::{Duration, Instant};
 
 use anyhow::{Context as _, Result};
 use serde::de::DeserializeOwned;
 
 use crate::error::Problem;
 
+/// Pauses between two looks at a program that has a limit.
+const PAUSES: [Duration; 2] = [Duration::from_millis(1), Duration::from_millis(50)];
+/// How long the pipes of a program that ended may stay open: a child of its own holds them.
+const PIPES_WAIT: Duration = Duration::from_millis(500);
 /// Lines of a failed command's standard error kept in the message.
 const STDERR_LINES: usize = 15;
 
@@ -157,6 +163,37 @@ impl Cmd {
         child.wait_with_output().with_context(|| format!("cannot wait for `{line}`"))
     }
 
+    /// Runs to the end like [`Cmd::output`], but not longer than `limit`: then it is killed, and the answer is `None`.
+    /// Nobody waits for a child of its own that outlives it and holds its output open.
+    pub fn output_within(mut self, limit: Duration) -> Result<Option<Output>> {
+        let line = self.line();
+        let end = Instant::now() + limit;
+        self.command.stdout(Stdio::piped()).stderr(Stdio::piped());
+        let mut child = self.command.spawn().map_err(|error| not_started(&self.program, &line, error))?;
+        if let (Some(bytes), Some(mut stdin)) = (self.input.take(), child.stdin.take()) {
+            // A program that does not read its input is judged by its status, not by EPIPE.
+            let _ = stdin.write_all(&bytes);
+        }
+        let (stdout, stderr) = (child.stdout.take().map(drain), child.stderr.take().map(drain));
+        let mut pause = PAUSES[0];
+        let status = loop {
+            if let Some(status) = child.try_wait().with_context(|| format!("cannot wait for `{line}`"))? {
+                break status;
+            }
+            let left = end.saturating_duration_since(Instant::now());
+            if left.is_zero() {
+                // It may have ended in between; reaped it is in any case.
+                let _ = child.kill();
+                child.wait().with_context(|| format!("cannot wait for `{line}`"))?;
+                return Ok(None);
+            }
+            std::thread::sleep(pause.min(left));
+            pause = (pause * 2).min(PAUSES[1]);
+        };
+        let text = |pipe: Option<Receiver<Vec<u8>>>| pipe.and_then(|pipe| pipe.recv_timeout(PIPES_WAIT).ok()).unwrap_or_default();
+        Ok(Some(Output { status, stdout: text(stdout), stderr: text(stderr) }))
+    }
+
     /// Runs to the end; standard output as text. An unsuccessful status is an error with the
     /// command line, the status and the last lines of standard error.
     pub fn text(self) -> Result<String> {
@@ -197,6 +234,19 @@ pub fn failure(line: &str, status: ExitStatus, stderr: &[u8]) -> Problem {
     let tail = lines[lines.len().saturating_sub(STDERR_LINES)..].join("\n  ");
     let message = format!("`{line}` ended with {}", describe(status));
     Problem::failed(if tail.is_empty() { message } else { format!("{message}:\n  {tail}") })
+}
+
+/// Reads a pipe to its end in a thread of its own.
+fn drain(mut pipe: impl Read + Send + 'static) -> Receiver<Vec<u8>> {
+    let (sender, receiver) = channel();
+    std::thread::spawn(move || {
+        let mut bytes = Vec::new();
+        if pipe.read_to_end(&mut bytes).is_ok() {
+            // Nobody listens any more when the time is over.
+            let _ = sender.send(bytes);
+        }
+    });
+    receiver
 }
 
 /// Where `program` is found on `path` (the value of `PATH`).
@@ -261,6 +311,19 @@ mod tests {
     fn a_failure_names_command_status_and_words() {
         let error = Cmd::new("sh").args(["-c", "echo no such thing >&2; exit 3"]).run().unwrap_err();
         assert_eq!(error.to_string(), "`sh -c \"echo no such thing >&2; exit 3\"` ended with status 3:\n  no such thing");
+    }
+
+    #[test]
+    fn a_limit_ends_what_does_not_end() {
+        let limit = Duration::from_secs(60);
+        let output = Cmd::new("cat").input("in").output_within(limit).unwrap().unwrap();
+        assert_eq!((output.status.code(), output.stdout.as_slice()), (Some(0), b"in".as_slice()));
+        let output = Cmd::new("sh").args(["-c", "echo no >&2; exit 3"]).output_within(limit).unwrap().unwrap();
+        assert_eq!((output.status.code(), output.stderr.as_slice()), (Some(3), b"no\n".as_slice()));
+        // Its child holds the pipe for longer than anybody waits.
+        let output = Cmd::new("sh").args(["-c", "sleep 5 &"]).output_within(limit).unwrap().unwrap();
+        assert_eq!(output.status.code(), Some(0));
+        assert!(Cmd::new("sleep").arg("300").output_within(Duration::from_millis(50)).unwrap().is_none());
     }
 
     #[test]

@@ -15,7 +15,7 @@ use pipeline::artifact::image::{self, Layer, Recipe, RunConfig};
 use pipeline::artifact::keys::{PrivateKey, write_pair};
 use pipeline::artifact::release::{self, Entry, Kind};
 use pipeline::artifact::store::{Descriptor, REF_NAME, Store};
-use pipeline::artifact::{referrer, sign};
+use pipeline::artifact::{referrer, sbom, sign};
 use pipeline::cmd::Cmd;
 use pipeline::oci::digest::Digest;
 use serde_json::Value;
@@ -53,13 +53,21 @@ impl Shop {
 
     /// A signed release `tiny:VERSION` of an image with a layer all of them share and one of its own.
     fn release(&self, version: &str) -> Digest {
+        self.release_with(version, "etc/version", version.as_bytes())
+    }
+
+    /// The same with another file in its own layer.
+    fn release_with(&self, version: &str, path: &str, content: &[u8]) -> Digest {
         let store = self.store();
         let common: Vec<u8> = (0..20_000_u32).flat_map(u32::to_le_bytes).collect();
-        let layers = [("usr/common", common), ("etc/version", version.as_bytes().to_vec())].map(|(path, content)| {
+        let layers = [("usr/common", common), (path, content.to_vec())].map(|(path, content)| {
             let mut builder = tar::Builder::new(Vec::new());
             let mut header = tar::Header::new_gnu();
             header.set_size(content.len() as u64);
             header.set_mode(0o644);
+            header.set_uid(0);
+            header.set_gid(0);
+            header.set_mtime(0);
             builder.append_data(&mut header, path, content.as_slice()).unwrap();
             let layer = builder.into_inner().unwrap();
             let diff_id = store.put(&layer).unwrap();
@@ -174,6 +182,55 @@ fn a_tag_moved_by_hand_is_told_and_stays() {
     // Back to what was there before is by hand too.
     shop.move_by_hand("prod", &one);
     shop.verb(&["environment", "tags", "tiny/prod"]).run().code(1).prints("MOVED by somebody to");
+}
+
+/// Nobody decided anything since: `status` asks where the tags stand, once a minute at most.
+#[test]
+fn status_finds_a_tag_that_was_moved() {
+    let port = free_port();
+    let shop = Shop::new(port, TWO);
+    let dir = shop.project.beside("server");
+    let server = Server::start_on(port, &dir, "");
+    let one = shop.release("1.0");
+    for to in ["dev", "prod"] {
+        shop.promote(to, "1.0").ok();
+    }
+    let strange = shop.release("1.1");
+    shop.promote("dev", "1.1").ok();
+    // As if the last look were long ago.
+    let later = || {
+        let path = shop.project.root.join("state/tags.json");
+        let mut tags: Value = serde_json::from_slice(&fs_err::read(&path).unwrap()).unwrap();
+        for (_, tag) in tags["tags"].as_object_mut().unwrap() {
+            tag["asked"] = "2020-01-01T00:00:00Z".into();
+        }
+        fs_err::write(&path, tags.to_string()).unwrap();
+    };
+    let state = |args: &[&str]| {
+        let value = shop.verb(&["--json", "status", "tiny/prod"]).args(args).ok().json();
+        (value["environments"][0]["tag"]["state"].clone(), value["not_looked_at"].as_array().unwrap().len())
+    };
+    shop.move_by_hand("prod", &strange);
+    assert_eq!(state(&["--offline"]), ("set".into(), 0));
+    let told = shop.verb(&["status"]).ok();
+    told.prints("SOMEBODY MOVED the tag").says("SOMEBODY MOVED the tag").says(&strange.to_string()).says("--retag");
+    assert_eq!(shop.tag("prod"), Some(strange), "it was overwritten");
+    // Moved back by hand: seen, but not within the minute.
+    shop.move_by_hand("prod", &one);
+    assert_eq!(state(&[]), ("moved".into(), 0));
+    later();
+    assert_eq!(state(&[]), ("set".into(), 0));
+    // A registry that is away, and one that does not answer, change nothing.
+    drop(server);
+    later();
+    let told = shop.verb(&["status", "tiny/prod"]).ok();
+    told.prints("1.0").says("not looked at where these tags stand: `127.0.0.1:").says_not("SOMEBODY");
+    later();
+    assert_eq!(state(&[]), ("set".into(), 1));
+    later();
+    let _silent = std::net::TcpListener::bind(("127.0.0.1", port)).unwrap();
+    shop.verb(&["status", "tiny/prod"]).ok().prints("1.0").says("no answer within 2 s");
+    assert_eq!(state(&[]), ("set".into(), 0), "it was asked again within the minute");
 }
 
 #[test]
@@ -378,6 +435,126 @@ fn releases_are_signed_verified_and_shown() {
         layer
     };
     verify("ours.pub").run().code(1).prints(&layer.to_string()).prints("is corrupt");
+}
+
+/// Packages are those of the bytes: whoever may push may attach another list.
+#[test]
+fn a_list_of_packages_that_somebody_attached_changes_no_answer() {
+    let gate = "sbom: { deny: { packages: [\"npm:left-pad\"] } }";
+    let shop = Shop::new(free_port(), &format!("  dev: {{}}\n  prod: {{ from: dev, gates: [ {{ {gate} }} ] }}\n"));
+    let cases: [(&str, &str, &[u8], i32, &str); 3] = [
+        ("1.0", "etc/version", b"1.0", 0, "ok  sbom  0 packages"),
+        (
+            "1.1",
+            "app/node_modules/left-pad/package.json",
+            br#"{"name":"left-pad","version":"1.3.0"}"#,
+            1,
+            "NO  sbom  package `left-pad` is denied",
+        ),
+        (
+            "1.2",
+            "var/lib/rpm/rpmdb.sqlite",
+            b"x",
+            1,
+            "??  sbom  the list is not complete: nothing here reads the packages of `var/lib/rpm`",
+        ),
+    ];
+    for (version, path, content, code, answer) in cases {
+        let release = shop.release_with(version, path, content);
+        let store = shop.store();
+        let entry = release::read(&store, &release).unwrap().entries[0].clone();
+        let subject = sbom::subject(&store, &entry.digest, "tiny", "0.1.0").unwrap();
+        let forged = sbom::Inventory::default().spdx(&subject).unwrap();
+        let types = (sbom::SPDX_TYPE, sbom::SPDX_TYPE);
+        referrer::attach(&store, &entry.descriptor(), &referrer::Kind::Spdx, types, &forged, &BTreeMap::new()).unwrap();
+        shop.promote("dev", version).ok();
+        shop.promote("prod", version).run().code(code).prints(answer);
+    }
+}
+
+/// Two people with two keys over one reference: the bytes they sign are the same, and both signatures stay.
+#[test]
+fn a_second_signer_takes_no_signature_away() {
+    let port = free_port();
+    let shops = [Shop::new(port, TWO), Shop::new(port, TWO)];
+    let _server = Server::start_on(port, &shops[0].project.beside("server"), "");
+    let releases = shops.each_ref().map(|shop| shop.release("1.0"));
+    assert_eq!(releases[0], releases[1]);
+    let target = format!("127.0.0.1:{port}/team/tiny:1.0");
+    let signatures = |tag: &str| -> usize {
+        let reference = format!("docker://127.0.0.1:{port}/team/tiny:{tag}");
+        let raw = Cmd::new("skopeo").args(["inspect", "--raw", "--tls-verify=false", &reference]).text().unwrap();
+        let manifest: Value = serde_json::from_str(&raw).unwrap();
+        let layers = manifest["layers"].as_array().unwrap();
+        let all: BTreeSet<&str> = layers.iter().map(|layer| layer["annotations"][sign::SIGNATURE].as_str().unwrap()).collect();
+        let payloads: BTreeSet<&str> = layers.iter().map(|layer| layer["digest"].as_str().unwrap()).collect();
+        assert_eq!((payloads.len(), all.len()), (1, layers.len()));
+        layers.len()
+    };
+    let entry = release::read(&shops[0].store(), &releases[0]).unwrap().entries[0].digest;
+    let tags = [releases[0], entry].map(|digest| format!("sha256-{}.sig", digest.hex()));
+    // The first one's push at the end does not know the second one's.
+    for (shop, expected) in [(0, 1), (1, 2), (0, 2)] {
+        shops[shop].verb(&["artifact", "push", "tiny:1.0", &target]).ok();
+        assert_eq!(tags.each_ref().map(|tag| signatures(tag)), [expected; 2]);
+    }
+    let keys = shops.each_ref().map(|shop| shop.project.path("ours.pub"));
+    let third = shops[0].project.beside("third");
+    let elsewhere = |args: &[&str]| shops[0].project.bare(&["--root"]).arg(&third).args(args);
+    elsewhere(&["artifact", "pull", &target, "tiny:1.0"]).ok();
+    for key in &keys {
+        elsewhere(&["artifact", "verify", "tiny:1.0", "--key", key.to_str().unwrap()]).ok();
+    }
+}
+
+/// Attachments that are there and are not what they should be: through the store, with each gate's own reader.
+#[test]
+fn what_is_attached_and_broken_allows_nothing() {
+    let gates = "signed: { keys: [other.pub] } }, { provenance: {} }, { sbom: { deny: { packages: [telnetd] } } }, { report: { name: e2e }";
+    let shop = Shop::new(free_port(), "  dev: {}\n");
+    shop.verb(&["keys", "generate", "other"]).ok();
+    shop.project.edit(
+        "pipeline.yaml",
+        "  dev: {}\n",
+        &format!("  dev: {{}}\n  prod: {{ from: dev, gates: [ {{ {gates} }} ] }}\n"),
+    );
+    shop.verb(&["environment", "apply"]).ok();
+    let ask = || -> Vec<(String, String, String)> {
+        let answer = shop.promote("prod", "1.0").args(&["--json", "--dry-run"]).run();
+        answer.code(1);
+        let text = |value: &Value| value.as_str().unwrap().to_owned();
+        let value = answer.json();
+        let answers = value["outcome"]["plan"]["answers"].as_array().unwrap();
+        answers.iter().map(|it| (text(&it["gate"]), text(&it["verdict"]), text(&it["reason"]))).collect()
+    };
+    let release = shop.release("1.0");
+    shop.promote("dev", "1.0").ok();
+    let bare = ask();
+    let junk: [&[u8]; 3] = [b"", b"{\"", b"{\"payload\": 7, \"predicateType\": [], \"spdxVersion\": {}}"];
+    for bytes in junk {
+        {
+            let store = shop.store();
+            let index = release::read(&store, &release).unwrap();
+            let subject = Descriptor::new(OCI_INDEX, release, fs_err::metadata(store.blob(&release)).unwrap().len());
+            let entry = &index.entries[0];
+            let image = Descriptor::new("application/vnd.oci.image.manifest.v1+json", entry.digest, entry.size);
+            let attach = |subject: &Descriptor, kind: referrer::Kind, media_type: &str| {
+                referrer::attach(&store, subject, &kind, (media_type, media_type), bytes, &BTreeMap::new()).unwrap();
+            };
+            attach(&subject, referrer::Kind::Bundle, "application/vnd.dev.sigstore.bundle.v0.3+json");
+            attach(&subject, referrer::Kind::Provenance, "application/vnd.in-toto+json");
+            attach(&image, referrer::Kind::Spdx, "application/spdx+json");
+            referrer::attach_report(&store, &subject, ("e2e", "perhaps"), "application/xml", bytes).unwrap();
+        }
+        let broken = ask();
+        for ((gate, verdict, reason), before) in broken.iter().zip(&bare) {
+            assert_ne!(verdict, "allow", "{gate}: {reason}");
+            assert!(!reason.is_empty() && before.1 != "allow", "{gate}: {reason}");
+            // It was looked at: nothing there at all is another answer.
+            assert!(gate == "signed" || *reason != before.2, "{gate}: {reason}");
+        }
+        assert_eq!(broken.len(), 4);
+    }
 }
 
 /// What another machine signed and reported arrives as it was.

@@ -159,7 +159,7 @@ impl Team {
             ("soak", format!("soak: {soak}")),
             ("approve", format!("approve: {count}")),
             ("window", "window: { allow: \"FREQ=WEEKLY;BYDAY=MO,TU,WE,TH,FR;BYHOUR=9\", duration: 8h }".into()),
-            ("provenance", "provenance: { clean: true }".into()),
+            ("provenance", "provenance: { clean: true, unsigned: true }".into()),
             ("budget", "budget: { size: 200K }".into()),
             ("command", format!("command: {{ run: \"{command}\" }}")),
             ("http", format!("http: {{ url: \"{}\" }}", self.url)),

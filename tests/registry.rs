@@ -378,6 +378,32 @@ fn an_identity_token_is_exchanged_and_renewed() {
     assert!(!format!("{error:?}").contains("s3cret"));
 }
 
+/// A redirect that keeps the method would repeat the form, and the refresh token in it, at another host.
+#[test]
+fn credentials_follow_no_redirect_of_the_token_service() {
+    let dir = tempfile::tempdir().unwrap();
+    for (entry, status) in [
+        (r#"{"identitytoken":"refresh-s3cret"}"#, 307),
+        (r#"{"identitytoken":"refresh-s3cret"}"#, 308),
+        (r#"{"username":"me","password":"s3cret"}"#, 302),
+    ] {
+        let elsewhere = scripted(|_, _| Answer::ok(r#"{"token":"right"}"#));
+        let thief = elsewhere.port;
+        let server = scripted(move |request, _| match request.path.as_str() {
+            "/v2/" => Answer::status(401)
+                .header("www-authenticate", &format!("Bearer realm=\"http://127.0.0.1:{}/token\"", request.port)),
+            "/token" => Answer::status(status).header("location", &format!("http://localhost:{thief}/token")),
+            _ => Answer::status(401),
+        });
+        let file = dir.path().join("auth.json");
+        fs_err::write(&file, format!(r#"{{"auths":{{"127.0.0.1:{}":{entry}}}}}"#, server.port)).unwrap();
+        let options = RegistryOptions { auth_files: vec![file], ..RegistryOptions::default() };
+        let error = registry(&options).pull(&reference(server.port, "team/app:1"), None, &Memory::default()).unwrap_err();
+        assert!(told(&error).1.contains("its token service sends the credentials on to another address"), "{error:#}");
+        assert_eq!(elsewhere.log(), Vec::<String>::new());
+    }
+}
+
 #[test]
 fn a_password_goes_to_the_token_service_and_no_further() {
     let dir = tempfile::tempdir().unwrap();

@@ -348,7 +348,7 @@ fn what_cannot_be_promoted() {
 fn releases_that_are_not_what_they_should_be() {
     let shop = Shop::without(
         me(),
-        "environments:\n  dev: {}\n  prod:\n    from: dev\n    gates:\n    - signed: { keys: [keys/team.pub] }\n    - provenance: { clean: true }\n    - name: late\n      provenance: { clean: true, keys: [keys/team.pub] }\n",
+        "environments:\n  dev: {}\n  prod:\n    from: dev\n    gates:\n    - signed: { keys: [keys/team.pub] }\n    - provenance: { clean: true, unsigned: true }\n    - name: late\n      provenance: { clean: true, keys: [keys/team.pub] }\n",
     );
     let keys = shop.project.path("keys");
     shop.project.write("keys/none", "");
@@ -411,6 +411,91 @@ fn releases_that_are_not_what_they_should_be() {
     fs_err::rename(shop.project.path("blob"), blob(&layer)).unwrap();
     assert_eq!(promote("1.3").0, 0);
     assert_eq!(shop.version("prod"), "1.3");
+    shop.is_sound();
+}
+
+/// Whatever the gates are: what is missing or was changed goes nowhere.
+#[test]
+fn a_release_that_is_not_whole_goes_nowhere() {
+    let shop = Shop::new(me(), "environments:\n  dev: {}\n  prod: { from: dev, gates: [ { healthy: true } ] }\n");
+    let digest = shop.release("1.0");
+    shop.verb(&["promote", "--to", "dev"]).ok();
+    let blob = |digest: &str| shop.project.root.join("store/blobs/sha256").join(digest.trim_start_matches("sha256:"));
+    let read = |digest: &str| -> Value { serde_json::from_slice(&fs_err::read(blob(digest)).unwrap()).unwrap() };
+    let image = read(&digest)["manifests"][0]["digest"].as_str().unwrap().to_owned();
+    let manifest = read(&image);
+    let layer = manifest["layers"].as_array().unwrap().last().unwrap()["digest"].as_str().unwrap().to_owned();
+    let config = manifest["config"]["digest"].as_str().unwrap().to_owned();
+    for part in [&layer, &config, &image, &digest] {
+        let good = fs_err::read(blob(part)).unwrap();
+        let mut bad = good.clone();
+        bad[good.len() / 2] ^= 1;
+        for (what, bytes) in [("one byte", Some(&bad)), ("gone", None)] {
+            match bytes {
+                Some(bytes) => fs_err::write(blob(part), bytes).unwrap(),
+                None => fs_err::remove_file(blob(part)).unwrap(),
+            }
+            if part == &digest && bytes.is_none() {
+                // A release that is not here at all is for its registry to be whole.
+                shop.verb(&["promote", "--to", "prod", "--dry-run"]).ok();
+                continue;
+            }
+            for args in [&["promote", "--to", "prod"][..], &["promote", "--to", "prod", "--dry-run"]] {
+                let answer = shop.nothing_changes(|| shop.verb(args).run());
+                answer.code(1).says(&format!("release {digest} is not whole in the store of this machine")).says(part);
+                assert_eq!(shop.version("prod"), "nothing", "{what} of {part}");
+            }
+        }
+        shop.project.write("blob", &good);
+        fs_err::rename(shop.project.path("blob"), blob(part)).unwrap();
+    }
+    shop.verb(&["promote", "--to", "prod"]).ok();
+    assert_eq!(shop.version("prod"), "1.0");
+    shop.is_sound();
+}
+
+/// The gate as the documentation writes it, over what `build --release` makes.
+#[test]
+fn provenance_is_as_it_is_documented_and_knows_what_is_not_committed() {
+    let gate = "provenance: { builders: [\"pipeline@*\"], clean: true, keys: [keys/team.pub] }";
+    let shop = Shop::without(me(), &format!("environments:\n  dev: {{}}\n  prod: {{ from: dev, gates: [ {{ {gate} }} ] }}\n"));
+    let keys = shop.project.path("keys");
+    shop.project.write("keys/none", "");
+    shop.verb(&["keys", "generate", "team", "--output"]).arg(&keys).ok();
+    shop.project.write(".gitignore", "/base.tar\n/keys\n");
+    shop.project.git(&["init", "--quiet"]);
+    shop.verb(&["environment", "apply"]).ok();
+    let key = keys.join("team.key");
+    let dirty = "made from a source with changes that are not committed";
+    let meddle: [(&str, &dyn Fn(), &str); 6] = [
+        ("1.0", &|| {}, ""),
+        ("1.1", &|| shop.project.write("pipeline.yaml", shop.project.read("pipeline.yaml") + "# changed\n"), dirty),
+        (
+            "1.2",
+            &|| shop.project.write("builder/s2i/bin/assemble", shop.project.read("builder/s2i/bin/assemble") + "# x\n"),
+            dirty,
+        ),
+        ("1.3", &|| shop.project.write("builder/s2i/bin/new", "#!/bin/sh\n"), dirty),
+        ("1.4", &|| shop.project.write("src/new.html", "<p>\n"), dirty),
+        ("1.5", &|| shop.project.write("beside", "of no use to the build\n"), ""),
+    ];
+    for (version, change, expected) in meddle {
+        let run = shop.build(version, &["--key", key.to_str().unwrap()]);
+        shop.project.git(&["add", "--all"]);
+        shop.project.git(&["commit", "--quiet", "--message", version]);
+        change();
+        run.ok();
+        shop.verb(&["promote", "--to", "dev", "--release", version]).ok();
+        let answer = shop.verb(&["--json", "promote", "--to", "prod", "--release", version]).run();
+        let found = answer.json()["outcome"]["plan"]["answers"][0].clone();
+        if expected.is_empty() {
+            assert_eq!(found["verdict"], "allow", "{version}: {found}");
+            let reason = found["reason"].as_str().unwrap();
+            assert!(reason.starts_with(&format!("built by `pipeline@{}` from ", env!("CARGO_PKG_VERSION"))), "{reason}");
+        } else {
+            assert_eq!((&found["verdict"], &found["reason"]), (&"deny".into(), &expected.into()), "{version}");
+        }
+    }
     shop.is_sound();
 }
 
@@ -686,6 +771,307 @@ fn keys_of_people_count() {
     shop.signed("alice", &apply).ok();
     shop.nothing_changes(|| shop.signed("bob", &over).run()).code(1).prints("approve  0 of 1 approvals");
     shop.is_sound();
+}
+
+/// Answers requests with 200 as a proxy would; how many came, and the first line of the last.
+fn proxy() -> (u16, std::sync::Arc<std::sync::Mutex<Vec<String>>>) {
+    let listener = std::net::TcpListener::bind("127.0.0.1:0").unwrap();
+    let port = listener.local_addr().unwrap().port();
+    let asked = std::sync::Arc::new(std::sync::Mutex::new(Vec::new()));
+    let seen = std::sync::Arc::clone(&asked);
+    std::thread::spawn(move || {
+        for stream in listener.incoming() {
+            let mut stream = stream.unwrap();
+            let mut request = Vec::new();
+            let mut buffer = [0; 4096];
+            while !request.windows(4).any(|window| window == b"\r\n\r\n") {
+                match stream.read(&mut buffer) {
+                    Ok(read @ 1..) => request.extend_from_slice(&buffer[..read]),
+                    _ => break,
+                }
+            }
+            seen.lock().unwrap().push(String::from_utf8_lossy(&request).lines().next().unwrap_or_default().to_owned());
+            let _ = stream.write_all(b"HTTP/1.1 200 OK\r\ncontent-length: 0\r\nconnection: close\r\n\r\n");
+        }
+    });
+    (port, asked)
+}
+
+/// Addresses are asked the way out that the machine's variables name.
+#[test]
+fn a_gate_asks_through_the_proxy() {
+    let shop = Shop::new(
+        me(),
+        "environments:\n  dev: { automatic: true }\n  prod: { from: dev, gates: [ { http: { url: \"http://status.invalid/ready\" } } ] }\n",
+    );
+    shop.release("1.0");
+    let (port, asked) = proxy();
+    let address = format!("http://127.0.0.1:{port}");
+    let dry = |variables: &[(&str, &str)]| {
+        let run = shop.verb(&["--json", "promote", "--to", "prod", "--dry-run"]);
+        let run = variables.iter().fold(run, |run, (name, value)| run.env(name, value));
+        let answer = run.run();
+        answers(&answer).remove(0)
+    };
+    // Nobody knows that name.
+    assert_eq!(dry(&[("http_proxy", ""), ("HTTP_PROXY", "")]), "http unknown");
+    for name in ["http_proxy", "HTTP_PROXY"] {
+        let other = if name == "http_proxy" { "HTTP_PROXY" } else { "http_proxy" };
+        assert_eq!(dry(&[(name, &address), (other, ""), ("no_proxy", ""), ("NO_PROXY", "")]), "http allow", "{name}");
+        assert_eq!(asked.lock().unwrap().drain(..).collect::<Vec<_>>(), ["GET http://status.invalid/ready HTTP/1.1"], "{name}");
+    }
+    for (name, other) in [("no_proxy", "NO_PROXY"), ("NO_PROXY", "no_proxy")] {
+        assert_eq!(dry(&[("http_proxy", &address), (other, ""), (name, "status.invalid")]), "http unknown", "{name}");
+    }
+    assert!(asked.lock().unwrap().is_empty());
+}
+
+/// A program beside the pipeline file is part of the policy: whoever asks cannot bring another, and it sees no secret of ours.
+#[test]
+fn programs_of_gates_are_in_the_ledger() {
+    let gate =
+        "environments:\n  dev: { automatic: true }\n  prod: { from: dev, gates: [ { command: { run: [./ready.sh, prod] } } ] }\n";
+    let shop = Shop::without(me(), gate);
+    let refused: [(&[u8], &str, &str); 4] = [
+        (b"\x7fELF\xff\xfe", "is no text", "by its absolute path"),
+        (b"#!/bin/sh\n\0", "is no text", "by its absolute path"),
+        (b"echo yes\n", "does not say what runs it", "#!/bin/sh"),
+        (&[b"#!/bin/sh\n".as_slice(), &[b'#'; 1 << 20]].concat(), "has more than 1 MiB", "by its absolute path"),
+    ];
+    for (bytes, why, hint) in refused {
+        shop.project.write("ready.sh", bytes);
+        shop.verb(&["environment", "apply"]).run().code(2).says(why).says(hint);
+    }
+    let secrets = ["COSIGN_PASSWORD", "PIPELINE_REGISTRY_PASSWORD", "PIPELINE_KEY"];
+    let shown: String = secrets.iter().map(|name| format!(" ${{{name}-gone}}")).collect();
+    shop.project.write("ready.sh", format!("#!/bin/sh\necho \"$1 $(ls -A | wc -l)$KEPT{shown}\"; exit 1\n"));
+    shop.verb(&["environment", "apply"]).ok();
+    shop.release("1.0");
+    // Another one of that name, where the one who asks stands; and the one beside the pipeline file changes later.
+    let elsewhere = shop.project.beside("elsewhere");
+    for path in [elsewhere.join("ready.sh"), shop.project.path("ready.sh")] {
+        let written = shop.project.program("sh").args(&["-c", "printf '#!/bin/sh\\nexit 0\\n' > $0 && chmod 755 $0"]).arg(&path);
+        written.ok();
+    }
+    for dir in [&elsewhere, &shop.project.dir] {
+        let run = shop.verb(&["--json", "promote", "tiny", "--to", "prod"]).dir(dir).env("KEPT", " kept");
+        let run = secrets.iter().fold(run, |run, name| run.env(name, "s3cret"));
+        let answer = shop.nothing_changes(|| run.run());
+        let one = answer.json()["outcome"]["plan"]["answers"][0].clone();
+        assert_eq!((&one["verdict"], &one["reason"]), (&"deny".into(), &"prod 0 kept gone gone gone".into()));
+    }
+}
+
+/// A job that collects the gates' answers finds a file also when no gate was asked.
+#[test]
+fn what_the_rules_refuse_is_in_the_report() {
+    let shop = Shop::new(me(), ROW);
+    shop.release("1.0");
+    let report = shop.project.beside("out").join("junit.xml");
+    let cases: [(&[&str], i32, &str); 7] = [
+        (&["promote", "--to", "stage", "--release", "1.0"], 1, "is in `tiny/stage` already"),
+        (&["promote", "--to", "stage"], 1, "nothing new can come to `tiny/stage`"),
+        (&["promote", "--to", "prod", "--release", "9.9"], 2, "`tiny` has no release `9.9`"),
+        (&["promote", "--to", "prud"], 2, "has no environment `prud`"),
+        (&["rollback", "dev"], 1, "no release before this one was healthy"),
+        (&["config", "set", "stage", "LEVEL=debug"], 1, "is configured like that already"),
+        (&["secret", "set", "nowhere", "TOKEN"], 2, "has no environment `nowhere`"),
+    ];
+    for (args, code, why) in cases {
+        let _ = fs_err::remove_file(&report);
+        shop.verb(args).arg("--junit").arg(&report).input("value").run().code(code);
+        let text = fs_err::read_to_string(&report).unwrap();
+        assert!(text.contains(" tests=\"1\" failures=\"0\" errors=\"1\">") && text.contains("<error message=\""), "{text}");
+        assert!(text.contains(why), "{why}: {text}");
+        pipeline::release::junit::parse(&text).unwrap();
+    }
+    shop.verb(&["--json", "ledger", "log", "--kind", "promote"]).ok().prints("\"subject\": \"tiny/stage: promote 1.0");
+    assert_eq!(shop.verb(&["ledger", "log"]).ok().stdout, shop.verb(&["log"]).ok().stdout);
+}
+
+// ------------------------------------------------------------------------------------------------ dry runs
+
+#[test]
+fn a_dry_run_shows_what_would_change() {
+    let shop = Shop::without(
+        me(),
+        "environments:\n  dev: { automatic: true }\n  prod: { from: dev, automatic: true, config: { LEVEL: info, OLD: x } }\n",
+    );
+    let lock = |version: &str| {
+        let text = format!("version = 4\n\n[[package]]\nname = \"left\"\nversion = \"{version}\"\nsource = \"registry+x\"\n");
+        shop.project.write("src/Cargo.lock", text);
+    };
+    lock("1.0.0");
+    shop.project.write(".gitignore", "/base.tar\n");
+    shop.project.git(&["init", "--quiet"]);
+    let commit = |version: &str| -> String {
+        shop.project.git(&["add", "--all"]);
+        shop.project.git(&["commit", "--quiet", "--message", version]);
+        shop.project.git(&["rev-parse", "HEAD"]).stdout.trim().to_owned()
+    };
+    let one = commit("1.0");
+    shop.verb(&["environment", "apply"]).ok();
+    shop.verb(&["hold", "prod"]).ok();
+    let first = shop.release("1.0");
+    shop.verb(&["hold", "prod", "--lift"]).ok();
+    // What would come by itself: it is shown, and stays where it is.
+    let promote = |args: &[&str]| shop.verb(&["promote", "tiny"]).args(args);
+    let report = shop.project.beside("out").join("junit.xml");
+    let dry = shop.nothing_changes(|| promote(&["--automatic", "--dry-run", "--junit"]).arg(&report).ok());
+    dry.prints("tiny/prod: nothing → 1.0 (").prints("  image tiny nothing → ").prints("it would be done\n");
+    assert!(fs_err::read_to_string(&report).unwrap().contains("<testsuite name=\"tiny/prod\""));
+    let dry = shop.nothing_changes(|| promote(&["--automatic", "--dry-run", "--json"]).ok()).json();
+    assert_eq!((dry["outcomes"].as_array().unwrap().len(), &dry["outcomes"][0]["commit"]), (1, &Value::Null));
+    assert_eq!(
+        (&dry["changes"][0]["release"]["from"], &dry["changes"][0]["release"]["to"]),
+        (&Value::Null, &first.as_str().into())
+    );
+    assert_eq!(shop.version("prod"), "nothing");
+    for also in [["--reason", "x"], ["--override", "freeze"], ["--no-wait", "--json"]] {
+        shop.nothing_changes(|| promote(&["--automatic"]).args(&also).run()).code(2).says("cannot be used with");
+    }
+    promote(&["--automatic"]).ok().prints("tiny/prod: nothing → 1.0 (").prints("done: ");
+    promote(&["--automatic"]).ok().prints("tiny: nothing comes by itself now");
+
+    // Everything that differs, and how much has to move.
+    shop.verb(&["hold", "prod"]).ok();
+    shop.project.edit("pipeline.yaml", "{ LEVEL: info, OLD: x }", "{ LEVEL: debug, NEW: y }");
+    shop.verb(&["environment", "apply"]).ok();
+    lock("2.0.0");
+    let two = commit("1.1");
+    let second = shop.release("1.1");
+    let read = |digest: &str| -> Value {
+        let path = shop.project.root.join("store/blobs/sha256").join(digest.trim_start_matches("sha256:"));
+        serde_json::from_slice(&fs_err::read(path).unwrap()).unwrap()
+    };
+    let image = |release: &str| read(release)["manifests"][0]["digest"].as_str().unwrap().to_owned();
+    let (from, to) = (image(&first), image(&second));
+    let blobs = |image: &str, release: &str| -> std::collections::BTreeMap<String, u64> {
+        let entry = read(release)["manifests"][0].clone();
+        let manifest = read(image);
+        let all = manifest["layers"].as_array().unwrap().iter().chain([&manifest["config"], &entry]);
+        let pair = |it: &Value| (it["digest"].as_str().unwrap().to_owned(), it["size"].as_u64().unwrap());
+        let size = fs_err::metadata(shop.project.root.join("store/blobs/sha256").join(&release[7..])).unwrap().len();
+        all.map(pair).chain([(release.to_owned(), size)]).collect()
+    };
+    let old = blobs(&from, &first);
+    let bytes: u64 = blobs(&to, &second).iter().filter(|(digest, _)| !old.contains_key(*digest)).map(|(_, size)| size).sum();
+    assert!(bytes > 0 && bytes < 100_000, "{bytes}");
+    let dry = shop.nothing_changes(|| promote(&["--to", "prod", "--lift", "--dry-run", "--json"]).ok()).json();
+    let expected = serde_json::json!({
+        "release": { "from": first, "to": second },
+        "artifacts": [ { "kind": "image", "name": "tiny", "from": from, "to": to } ],
+        "commit": { "from": one, "to": two },
+        "packages": [ { "kind": "cargo", "name": "left", "from": ["1.0.0"], "to": ["2.0.0"] } ],
+        "bytes": bytes,
+        "values": [
+            { "name": "LEVEL", "from": "info", "to": "debug" },
+            { "name": "NEW", "from": null, "to": "y" },
+            { "name": "OLD", "from": "x", "to": null },
+        ],
+        "secrets": [],
+        "unknown": [],
+    });
+    assert_eq!(dry["changes"], expected);
+    let dry = shop.nothing_changes(|| promote(&["--to", "prod", "--lift", "--dry-run"]).ok());
+    dry.prints(&format!("  image tiny {} → {}\n", &from[7..19], &to[7..19]))
+        .prints(&format!("  commit {} → {}\n", &one[..12], &two[..12]))
+        .prints("  cargo left 1.0.0 → 2.0.0\n")
+        .prints("  LEVEL: info → debug\n")
+        .prints("  OLD: gone\n")
+        .prints(" to move, 1 packages\n");
+    // The budget and `diff` count the same.
+    shop.verb(&["diff", "prod", "dev"]).ok().prints("  cargo left 1.0.0 → 2.0.0\n").prints(" to move, 1 packages\n");
+    // What the store does not have is said, and the rest is shown.
+    let blob = shop.project.root.join("store/blobs/sha256").join(&first[7..]);
+    fs_err::rename(&blob, shop.project.beside("away").join("blob")).unwrap();
+    let dry = shop.nothing_changes(|| promote(&["--to", "prod", "--lift", "--dry-run"]).ok());
+    dry.prints("  not known: ").prints(&first[7..19]).prints("  LEVEL: info → debug\n");
+    fs_err::rename(shop.project.beside("away").join("blob"), &blob).unwrap();
+    promote(&["--to", "prod", "--lift"]).ok();
+    shop.is_sound();
+}
+
+/// Where releases enter, an approval is for one that the store has.
+#[test]
+fn what_enters_can_be_approved() {
+    let shop = Shop::new(me(), "environments:\n  prod: { gates: [ { approve: 1 } ] }\n");
+    shop.release("1.0");
+    let promote = ["promote", "tiny", "--to", "prod"];
+    shop.nothing_changes(|| shop.verb(&promote).run()).code(1).prints("0 of 1 approvals");
+    let approve = |who: &str, args: &[&str]| shop.by(who, &["approve", "tiny", "--for", "prod"]).args(args);
+    shop.refused(approve("bob", &["--release", "9.9"]), "nobody knows a release `9.9` here", "");
+    approve("bob", &["--release", "1.0"]).ok().prints("tiny/prod: approve 1.0 (");
+    shop.verb(&promote).ok().prints("1 of 1 approvals by bob").prints("done: ");
+    // The newest, when none is named.
+    shop.release("1.1");
+    approve("bob", &[]).ok().prints("tiny/prod: approve 1.1 (");
+    shop.verb(&promote).args(&["--release", "1.1"]).ok();
+    assert_eq!(shop.version("prod"), "1.1");
+    shop.is_sound();
+}
+
+/// Where a job builds, the author is whose commit it built: nobody approves alone what is one's own.
+#[test]
+fn the_author_of_what_a_job_built() {
+    let shop = Shop::without(me(), "");
+    let people: String = [("alice", "admin, promote, approve"), ("bob", "approve"), ("ci", "promote")]
+        .iter()
+        .map(|(name, roles)| format!("  {name}: {{ key: \"{}\", roles: [{roles}] }}\n", shop.key(name)))
+        .collect();
+    let text = shop.project.read("pipeline.yaml");
+    let environments = "environments:\n  dev: {}\n  prod: { from: dev, gates: [ { approve: 1 } ] }\n";
+    shop.project.write("pipeline.yaml", format!("{text}{environments}people:\n{people}"));
+    shop.project.write(".gitignore", "/base.tar\n");
+    shop.project.git(&["init", "--quiet"]);
+    shop.project.git(&["add", "--all"]);
+    shop.project.git(&["commit", "--quiet", "--message", "all", "--author", "alice <alice@example.org>"]);
+    shop.signed("alice", &["environment", "apply"]).ok();
+    let author = || shop.state("dev")["current"]["author"].clone();
+    shop.signed("ci", &["build", "--release", "--release-version", "1.0"]).ok();
+    shop.signed("ci", &["promote", "--to", "dev"]).ok();
+    assert_eq!(author(), "alice");
+    shop.signed("alice", &["approve", "--for", "prod"]).ok();
+    let alone = shop.nothing_changes(|| shop.signed("ci", &["promote", "--to", "prod"]).run());
+    alone.code(1).prints("approvals by alice, who made the release: somebody else has to approve too");
+    shop.signed("bob", &["approve", "--for", "prod"]).ok();
+    shop.signed("ci", &["promote", "--to", "prod"]).ok();
+    // Who could approve is the author of what they bring, whatever Git says of the commit.
+    shop.project.git(&["commit", "--quiet", "--allow-empty", "--message", "more", "--author", "bob <bob@example.org>"]);
+    shop.project.write("src/index.html", "<h1>more</h1>\n");
+    shop.signed("alice", &["build", "--release", "--release-version", "1.1"]).ok();
+    shop.signed("alice", &["promote", "--to", "dev", "--release", "1.1"]).ok();
+    assert_eq!(author(), "alice");
+    shop.is_sound();
+}
+
+/// A value that no decision names is not kept.
+#[test]
+fn secrets_that_were_not_set_are_not_kept() {
+    let shop = Shop::new(me(), "environments:\n  dev: { secrets: { TOKEN: { stored: true } } }\n");
+    let kept = || match fs_err::read_dir(shop.project.root.join("state/secrets")) {
+        Ok(entries) => entries.map(|entry| entry.unwrap().file_name().into_string().unwrap()).collect(),
+        Err(_) => Vec::new(),
+    };
+    let set = |args: &[&str]| shop.verb(&["secret", "set"]).args(args).input("s3cret-value");
+    shop.nothing_changes(|| set(&["dev", "TOKEN", "--dry-run"]).ok());
+    assert_eq!(kept(), Vec::<String>::new());
+    shop.nothing_changes(|| set(&["nowhere", "TOKEN"]).run()).code(2);
+    assert_eq!(kept(), Vec::<String>::new());
+    set(&["dev", "TOKEN"]).ok();
+    shop.release("1.0");
+    shop.verb(&["promote", "--to", "dev"]).ok();
+    let current = || shop.state("dev")["current"]["config"]["secrets"]["TOKEN"]["stored"].as_str().unwrap().to_owned();
+    let first = current();
+    assert_eq!(kept(), [first.as_str()]);
+    shop.verb(&["freeze", "dev", "--reason", "calm"]).ok();
+    shop.nothing_changes(|| set(&["dev", "TOKEN"]).run()).code(1).prints("freeze");
+    shop.nothing_changes(|| set(&["dev", "TOKEN", "--override", "nothing"]).run()).code(2);
+    assert_eq!(kept(), [first.as_str()]);
+    shop.verb(&["thaw", "dev"]).ok();
+    set(&["dev", "TOKEN"]).ok();
+    assert_eq!(kept().len(), 2, "a rollback needs the first");
+    assert!(kept().contains(&first) && kept().contains(&current()) && first != current());
 }
 
 // ------------------------------------------------------------------------------------------------ verifying

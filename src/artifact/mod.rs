@@ -14,6 +14,7 @@ pub mod sign;
 pub mod store;
 pub mod tree;
 pub mod version;
+pub mod whole;
 
 /// What an artifact is: `image`, `host`, `disk`, or the type its manifest names (DESIGN, section 7,
 /// contract 1: the tag tells a host's image from an application's).

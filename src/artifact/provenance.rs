@@ -68,9 +68,10 @@ pub struct Builder {
     pub digest: Digest,
 }
 
-/// The id of this program as builder, when nothing better is known.
+/// The id of this program as builder, when nothing better is known: `pipeline@0.1.0`. The commit that `version` may name
+/// after a blank is no part of it: it is in [`Builder::version`].
 pub fn builder_id(version: &str) -> String {
-    format!("urn:pipeline:builder:{version}")
+    format!("pipeline@{}", version.split_whitespace().next().unwrap_or_default())
 }
 
 /// What a statement is made of.
@@ -194,24 +195,27 @@ pub struct Provenance {
     pub source: Option<Source>,
 }
 
-/// The provenance attached to `digest`, oldest first, with the key among `keys` that signed each.
-///
-/// # Errors
-/// A statement that cannot be read, is about another artifact, or is no provenance.
+/// The provenance attached to `digest`, oldest first, with the key among `keys` that signed each. What cannot be read, is
+/// about another artifact or is no provenance says nothing; see [`look`].
 pub fn read(store: &Store, digest: &Digest, keys: &[PublicKey]) -> Result<Vec<Provenance>> {
-    let mut found = Vec::new();
+    Ok(look(store, digest, keys)?.0)
+}
+
+/// The same, and why others were passed over.
+pub fn look(store: &Store, digest: &Digest, keys: &[PublicKey]) -> Result<(Vec<Provenance>, Vec<String>)> {
+    let (mut found, mut broken) = (Vec::new(), Vec::new());
     for attached in referrer::attached(store, digest)?.into_iter().filter(|it| it.kind == Kind::Provenance) {
-        let bytes = attached.read(store)?;
         let signed = attached.content.iter().any(|content| content.media_type == BUNDLE_TYPE);
-        let opened = if signed {
-            dsse::open(&bytes, keys).map(|opened| (opened.statement, opened.signed_by))
-        } else {
-            Statement::parse(&bytes).map(|statement| (statement, None))
-        };
-        let parsed = opened.and_then(|(statement, signed_by)| parse(&statement, digest, &attached.tag, signed_by));
-        found.push(parsed.with_context(|| Problem::failed(format!("the provenance `{}` is broken", attached.tag)))?);
+        let opened = attached.read(store).and_then(|bytes| match signed {
+            true => dsse::open(&bytes, keys).map(|opened| (opened.statement, opened.signed_by)),
+            false => Statement::parse(&bytes).map(|statement| (statement, None)),
+        });
+        match opened.and_then(|(statement, signed_by)| parse(&statement, digest, &attached.tag, signed_by)) {
+            Ok(parsed) => found.push(parsed),
+            Err(error) => broken.push(format!("the provenance `{}` was passed over: {error:#}", attached.tag)),
+        }
     }
-    Ok(found)
+    Ok((found, broken))
 }
 
 /// The parts of a predicate that are read back; a predicate of another builder has other parameters.
@@ -288,7 +292,11 @@ mod tests {
                 dirty: true,
                 path: "app".into(),
             }),
-            builder: Builder { id: builder_id("0.1.0"), version: "0.1.0".into(), digest: Digest::of("pipeline") },
+            builder: Builder {
+                id: builder_id("0.1.0 (c0ffee)"),
+                version: "0.1.0 (c0ffee)".into(),
+                digest: Digest::of("pipeline"),
+            },
             materials: vec![material("zlib1g"), material("base-files")],
             parameters: BTreeMap::from([("pipeline".into(), "shop".into())]),
             internal: BTreeMap::new(),
@@ -322,8 +330,8 @@ mod tests {
                     ],
                 },
                 "runDetails": {"builder": {
-                    "id": "urn:pipeline:builder:0.1.0",
-                    "version": {"pipeline": "0.1.0"},
+                    "id": "pipeline@0.1.0",
+                    "version": {"pipeline": "0.1.0 (c0ffee)"},
                     "builderDependencies": [{"name": "pipeline", "digest": sha("pipeline")}],
                 }},
             },
@@ -372,8 +380,8 @@ mod tests {
             let types = (STATEMENT_TYPE, STATEMENT_TYPE);
             let bytes = statement.encode().unwrap();
             referrer::attach(&store, &other, &Kind::Provenance, types, &bytes, &BTreeMap::new()).unwrap();
-            let error = format!("{:#}", read(&store, &other.digest, &[]).unwrap_err());
-            assert!(error.contains(expected), "{error}");
+            let (found, broken) = look(&store, &other.digest, &[]).unwrap();
+            assert!(found.is_empty() && broken.len() == 1 && broken[0].contains(expected), "{broken:?}");
             let index = store.index().unwrap();
             for descriptor in index.manifests {
                 let tag = &descriptor.annotations[crate::artifact::store::REF_NAME];

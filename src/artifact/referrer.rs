@@ -32,6 +32,8 @@ pub const REPORT_TYPE: &str = "application/vnd.pipeline.report.v1";
 const REPORT: &str = "io.pipeline.report";
 /// Annotation with how the tests ended: `pass` or `fail`.
 pub const REPORT_RESULT: &str = "io.pipeline.report.result";
+/// Annotation that counts the reports of a name: the highest number is the newest, wherever they were attached.
+const REPORT_SEQUENCE: &str = "io.pipeline.report.sequence";
 /// A tag has at most 128 characters (distribution specification); a report's name gets these.
 const REPORT_NAME: usize = 40;
 
@@ -119,6 +121,11 @@ impl Attached {
         let content = self.content.first().with_context(|| format!("`{}` holds nothing", self.tag))?;
         store.read(&content.digest)
     }
+
+    /// Which of the reports of its name it is; `None`: it does not say.
+    pub fn sequence(&self) -> Option<u64> {
+        self.manifest.annotations.get(REPORT_SEQUENCE)?.parse().ok()
+    }
 }
 
 /// A manifest as far as this file reads it.
@@ -166,6 +173,20 @@ pub fn attach(
     bytes: &[u8],
     annotations: &BTreeMap<String, String>,
 ) -> Result<Descriptor> {
+    let descriptor = put(store, subject, (artifact_type, media_type), bytes, annotations)?;
+    let _lock = lock(store)?;
+    tag_next(store, &subject.digest, kind, &descriptor)?;
+    Ok(descriptor)
+}
+
+/// The manifest that says `bytes` about `subject`, without a tag.
+fn put(
+    store: &Store,
+    subject: &Descriptor,
+    (artifact_type, media_type): (&str, &str),
+    bytes: &[u8],
+    annotations: &BTreeMap<String, String>,
+) -> Result<Descriptor> {
     if !store.has(&subject.digest, subject.size) {
         return Err(Problem::failed(format!("{} is not in the store, so nothing can be said about it", subject.digest)).into());
     }
@@ -183,17 +204,14 @@ pub fn attach(
         manifest["annotations"] = serde_json::to_value(annotations)?;
     }
     let manifest = serde_json::to_vec(&image::sorted(manifest))?;
-    let descriptor = Descriptor {
+    Ok(Descriptor {
         artifact_type: Some(artifact_type.to_owned()),
         ..Descriptor::new(MANIFEST_TYPE, store.put(&manifest)?, manifest.len() as u64)
-    };
-    tag_next(store, &subject.digest, kind, &descriptor)?;
-    Ok(descriptor)
+    })
 }
 
-/// Gives a manifest that is in the store the next free tag of its kind, unless it has one; its tag.
+/// Gives a manifest that is in the store the next free tag of its kind, unless it has one; its tag. Under [`lock`].
 fn tag_next(store: &Store, subject: &Digest, kind: &Kind, manifest: &Descriptor) -> Result<String> {
-    let _lock = lock(store)?;
     let mut number = 1;
     loop {
         let tag = tag(subject, kind, number);
@@ -209,7 +227,7 @@ fn tag_next(store: &Store, subject: &Digest, kind: &Kind, manifest: &Descriptor)
 }
 
 /// Attaches a test report of this name with its result, `pass` or `fail`: `media_type` is its own, such as
-/// `application/xml` of JUnit's.
+/// `application/xml` of JUnit's. It becomes the newest of its name; the same as the newest changes nothing.
 pub fn attach_report(
     store: &Store,
     subject: &Descriptor,
@@ -217,8 +235,28 @@ pub fn attach_report(
     media_type: &str,
     bytes: &[u8],
 ) -> Result<Descriptor> {
-    let annotations = BTreeMap::from([(REPORT.to_string(), name.to_string()), (REPORT_RESULT.to_string(), result.to_string())]);
-    attach(store, subject, &Kind::report(name)?, (REPORT_TYPE, media_type), bytes, &annotations)
+    let kind = Kind::report(name)?;
+    let _lock = lock(store)?;
+    let there = attached(store, &subject.digest)?;
+    let there: Vec<&Attached> = there.iter().filter(|it| it.kind == kind).collect();
+    let newest = there.iter().filter_map(|it| it.sequence()).max().unwrap_or(0);
+    let is_same = |it: &&&Attached| {
+        it.manifest.annotations.get(REPORT_RESULT).is_some_and(|there| there == result)
+            && it.content.first().is_some_and(|there| there.digest == Digest::of(bytes) && there.media_type == media_type)
+    };
+    if let [only] = there.iter().filter(|it| it.sequence().unwrap_or(newest) == newest).collect::<Vec<_>>().as_slice()
+        && is_same(only)
+    {
+        return Ok(Descriptor { annotations: BTreeMap::new(), ..only.manifest.clone() });
+    }
+    let annotations = BTreeMap::from([
+        (REPORT.to_string(), name.to_string()),
+        (REPORT_RESULT.to_string(), result.to_string()),
+        (REPORT_SEQUENCE.to_string(), newest.saturating_add(1).to_string()),
+    ]);
+    let descriptor = put(store, subject, (REPORT_TYPE, media_type), bytes, &annotations)?;
+    tag_next(store, &subject.digest, &kind, &descriptor)?;
+    Ok(descriptor)
 }
 
 /// Tags a referrer that came from elsewhere; its manifest and blobs are in the store already. The
@@ -248,39 +286,49 @@ pub fn adopt(store: &Store, subject: &Digest, manifest: &Descriptor) -> Result<O
     };
     let descriptor =
         Descriptor { artifact_type: Some(artifact_type), ..Descriptor::new(MANIFEST_TYPE, manifest.digest, bytes.len() as u64) };
+    let _lock = lock(store)?;
     tag_next(store, subject, &kind, &descriptor).map(Some)
 }
 
-/// Everything attached to an artifact, sorted by kind and number.
+/// Everything attached to an artifact that can be read, sorted by kind and number. What cannot says nothing, and keeps
+/// nothing else from being heard: anybody who may push may attach; see [`look`].
 pub fn attached(store: &Store, subject: &Digest) -> Result<Vec<Attached>> {
-    let mut found = Vec::new();
+    Ok(look(store, subject)?.0)
+}
+
+/// The same, and why others were passed over.
+pub fn look(store: &Store, subject: &Digest) -> Result<(Vec<Attached>, Vec<String>)> {
+    let (mut found, mut broken) = (Vec::new(), Vec::new());
     for descriptor in store.index()?.manifests {
         let Some(tag) = descriptor.annotations.get(REF_NAME) else { continue };
         let Some((_, kind, number)) = parse_tag(tag).filter(|(digest, ..)| digest == subject) else { continue };
-        let manifest: Manifest = serde_json::from_slice(&store.read(&descriptor.digest)?)
-            .with_context(|| format!("`{tag}` is not a manifest: {}", descriptor.digest))?;
-        let is_referrer = match manifest.subject {
-            Some(named) if named.digest != *subject => {
-                let named = named.digest;
-                return Err(Problem::failed(format!("`{tag}` is about another artifact: {named}")).hint("remove the tag").into());
+        match open(store, subject, tag, &descriptor) {
+            Ok((manifest, content, is_referrer)) => {
+                found.push(Attached { kind, number, tag: tag.clone(), manifest, content, is_referrer });
             }
-            other => other.is_some(),
-        };
-        found.push(Attached {
-            kind,
-            number,
-            tag: tag.clone(),
-            manifest: Descriptor {
-                artifact_type: Some(manifest.artifact_type.unwrap_or(manifest.config.media_type)),
-                annotations: manifest.annotations,
-                ..Descriptor::new(MANIFEST_TYPE, descriptor.digest, descriptor.size)
-            },
-            content: manifest.layers,
-            is_referrer,
-        });
+            Err(error) => broken.push(format!("`{tag}` was passed over: {error:#}")),
+        }
     }
     found.sort_by(|a, b| (&a.kind, a.number).cmp(&(&b.kind, b.number)));
-    Ok(found)
+    Ok((found, broken))
+}
+
+/// What a tag leads to: the manifest as a list of referrers has it, what it holds, whether it names its subject.
+fn open(store: &Store, subject: &Digest, tag: &str, descriptor: &Descriptor) -> Result<(Descriptor, Vec<Descriptor>, bool)> {
+    let manifest: Manifest = serde_json::from_slice(&store.read(&descriptor.digest)?)
+        .with_context(|| format!("it is not a manifest: {}", descriptor.digest))?;
+    let is_referrer = match manifest.subject {
+        Some(named) if named.digest != *subject => {
+            anyhow::bail!("it is about another artifact: {}; `pipeline artifact untag {tag}` removes it", named.digest)
+        }
+        other => other.is_some(),
+    };
+    let shown = Descriptor {
+        artifact_type: Some(manifest.artifact_type.unwrap_or(manifest.config.media_type)),
+        annotations: manifest.annotations,
+        ..Descriptor::new(MANIFEST_TYPE, descriptor.digest, descriptor.size)
+    };
+    Ok((shown, manifest.layers, is_referrer))
 }
 
 /// The newest attachment of a kind.
@@ -385,7 +433,50 @@ mod tests {
         assert!(error.to_string().contains("is not in the store"), "{error}");
         // A tag on what is about something else is noticed.
         store.tag(&tag(&Digest::of("other"), &report, 1), &one).unwrap();
-        assert!(attached(&store, &Digest::of("other")).unwrap_err().to_string().contains("is about another artifact"));
+        let strange = tag(&Digest::of("other"), &report, 1);
+        let (found, broken) = look(&store, &Digest::of("other")).unwrap();
+        assert!(found.is_empty() && broken.len() == 1, "{broken:?}");
+        assert!(broken[0].starts_with(&format!("`{strange}` was passed over: it is about another artifact")), "{broken:?}");
+        // So is one that cannot be read; the others are still heard.
+        let broken = Descriptor::new(MANIFEST_TYPE, store.put(b"[]").unwrap(), 2);
+        store.tag(&tag(&subject.digest, &Kind::Provenance, 1), &broken).unwrap();
+        let (found, broken) = look(&store, &subject.digest).unwrap();
+        assert!(found.len() == 3 && broken.len() == 1 && broken[0].contains("it is not a manifest"), "{broken:?}");
+    }
+
+    /// The newest is the newest elsewhere too, although tags there are numbered in another order.
+    #[test]
+    fn reports_are_counted_by_themselves() {
+        let dirs = [tempfile::tempdir().unwrap(), tempfile::tempdir().unwrap()];
+        let [here, there] = dirs.each_ref().map(|dir| Store::open(dir.path()).unwrap());
+        let subject = Descriptor::new(MANIFEST_TYPE, there.put(b"subject").unwrap(), 7);
+        let report = |result: &str, text: &str| {
+            attach_report(&there, &subject, ("smoke", result), "text/plain", text.as_bytes()).unwrap().digest
+        };
+        let first = report("pass", "one");
+        assert_eq!(report("pass", "one"), first, "the same again changes nothing");
+        let second = report("fail", "two");
+        let third = report("pass", "one");
+        assert!(third != first, "said again after another one it is the newest");
+        // Other names count apart.
+        attach_report(&there, &subject, ("other", "pass"), "text/plain", b"x").unwrap();
+        let all = attached(&there, &subject.digest).unwrap();
+        for blob in blobs(&there, &subject.digest).unwrap() {
+            here.put(&there.read(&blob.digest).unwrap()).unwrap();
+        }
+        for attached in all.iter().rev() {
+            adopt(&here, &subject.digest, &attached.manifest).unwrap().unwrap();
+        }
+        let report = Kind::report("smoke").unwrap();
+        let mut seen: Vec<(Option<u64>, Digest)> = attached(&here, &subject.digest)
+            .unwrap()
+            .iter()
+            .filter(|it| it.kind == report)
+            .map(|it| (it.sequence(), it.manifest.digest))
+            .collect();
+        assert_eq!(seen.iter().map(|(_, digest)| *digest).collect::<Vec<_>>(), [third, second, first], "by the tags");
+        seen.sort();
+        assert_eq!(seen, [(Some(1), first), (Some(2), second), (Some(3), third)]);
     }
 
     /// What another machine attached arrives as it was, whatever order it comes in.

@@ -28,6 +28,8 @@ const IMAGE_TYPE: &str = "application/vnd.pipeline.image.v1";
 const HOST_TYPE: &str = "application/vnd.pipeline.host.v1";
 const VERSION: &str = "org.opencontainers.image.version";
 const REVISION: &str = "org.opencontainers.image.revision";
+/// Letters of a version; a tag may have 128 (distribution specification, "tag"), of which some are for the artifact's kind.
+const VERSION_MAX: usize = 100;
 
 /// What an artifact of a release is.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, PartialOrd, Ord, Hash, Serialize, Deserialize)]
@@ -124,6 +126,21 @@ impl Release {
     pub fn entry(&self, kind: Kind, name: &str) -> Option<&Entry> {
         self.entries.iter().find(|entry| entry.kind == kind && entry.name == name)
     }
+}
+
+/// A version is a tag too, and is shown to people: so it has no other letters.
+///
+/// # Errors
+/// Other letters, no letter at all, too many, or the word that stands for the newest.
+pub fn check_version(version: &str) -> Result<()> {
+    let good = |byte: u8| byte.is_ascii_alphanumeric() || b"._-".contains(&byte);
+    let starts = version.bytes().next().is_some_and(|byte| byte.is_ascii_alphanumeric());
+    if starts && version.len() <= VERSION_MAX && version.bytes().all(good) && version != "latest" {
+        return Ok(());
+    }
+    Err(Problem::usage(format!("`{}` is no version", version.escape_debug()))
+        .hint(format!("letters, digits, `.`, `_` and `-`, at most {VERSION_MAX}, not `latest`"))
+        .into())
 }
 
 /// The tag a release has in the store: `NAME:TAG.release`.
@@ -224,14 +241,10 @@ pub fn parse(digest: &Digest, bytes: &[u8]) -> Result<Release> {
         other => return Err(no_release(&format!("an index of type `{}`", other.unwrap_or("none"))).into()),
     }
     let mut annotations = index.annotations;
+    let version = annotations.remove(VERSION).with_context(|| format!("release {digest} has no version"))?;
+    check_version(&version).with_context(|| format!("release {digest} cannot be used"))?;
     let entries: Result<Vec<Entry>> = index.manifests.iter().map(|descriptor| entry(digest, descriptor)).collect();
-    Ok(Release {
-        digest: *digest,
-        size: bytes.len() as u64,
-        version: annotations.remove(VERSION).with_context(|| format!("release {digest} has no version"))?,
-        revision: annotations.remove(REVISION),
-        entries: entries?,
-    })
+    Ok(Release { digest: *digest, size: bytes.len() as u64, version, revision: annotations.remove(REVISION), entries: entries? })
 }
 
 fn entry(release: &Digest, descriptor: &Descriptor) -> Result<Entry> {
@@ -264,7 +277,12 @@ pub fn blobs(store: &Store, digest: &Digest) -> Result<Vec<Descriptor>> {
 /// # Errors
 /// The release itself cannot be read: then nothing is known of the rest.
 pub fn check(store: &Store, digest: &Digest) -> Result<Vec<String>> {
-    let release = read(store, digest)?;
+    check_with(store, digest, &mut |blob| store.verify(blob))
+}
+
+/// The same, with `read` for a blob of a manifest that is there and has its size.
+pub(super) fn check_with(store: &Store, digest: &Digest, read: &mut dyn FnMut(&Digest) -> Result<()>) -> Result<Vec<String>> {
+    let release = self::read(store, digest)?;
     let mut wrong = Vec::new();
     let mut seen = std::collections::BTreeSet::new();
     for entry in &release.entries {
@@ -283,7 +301,7 @@ pub fn check(store: &Store, digest: &Digest) -> Result<Vec<String>> {
             let problem = match size {
                 None => Some(format!("blob {} is not in the store", blob.digest)),
                 Some(size) if size != blob.size => Some(format!("blob {} has {size} bytes and not {}", blob.digest, blob.size)),
-                Some(_) => store.verify(&blob.digest).err().map(|error| error.to_string()),
+                Some(_) => read(&blob.digest).err().map(|error| error.to_string()),
             };
             wrong.extend(problem.map(|problem| format!("the {} `{}`: {problem}", entry.kind, entry.name)));
         }

@@ -30,9 +30,12 @@ use crate::error::Problem;
 use crate::fault;
 use crate::oci::digest::{Digest, Hasher};
 use crate::oci::registry::{
-    self, Attached, Begun, BlobSink, BlobSource, Content, Fetched, PushOptions, Pushed, Reference, Registry,
+    self, Attached, Begun, BlobSink, BlobSource, Content, Fetched, PushOptions, Pushed, Reference, Registry, WouldBeLost,
 };
 use crate::progress::Progress;
+
+/// How often signatures are put together with those of a registry where others sign in the same moment.
+const MERGES: usize = 3;
 
 /// A manifest or index, as far as this file reads it.
 #[derive(Debug, Deserialize)]
@@ -95,7 +98,8 @@ pub fn reach_what_is_there(store: &Store, root: &Digest) -> Reached {
 
 /// What the store's tags attach to any of `documents`: the digest, and a registry's tag for it when
 /// it names no subject itself.
-fn attached(store: &Store, documents: &BTreeSet<Digest>) -> Result<Vec<(Digest, Option<String>)>> {
+fn attached(store: &Store, documents: &BTreeSet<Digest>, progress: &dyn Progress) -> Result<Vec<(Digest, Option<String>)>> {
+    let mut broken = BTreeSet::new();
     let mut about = documents.clone();
     let mut found: Vec<(Digest, Option<String>)> = Vec::new();
     let tags = store.index()?.manifests;
@@ -104,10 +108,18 @@ fn attached(store: &Store, documents: &BTreeSet<Digest>) -> Result<Vec<(Digest, 
         for descriptor in &tags {
             let Some(tag) = descriptor.annotations.get(REF_NAME) else { continue };
             let Some(subject) = subject_of(tag).filter(|subject| about.contains(subject)) else { continue };
-            if found.iter().any(|(digest, _)| *digest == descriptor.digest) || about.contains(&descriptor.digest) {
+            let is_known = |digest: &Digest| found.iter().any(|(known, _)| known == digest) || about.contains(digest);
+            if broken.contains(&descriptor.digest) || is_known(&descriptor.digest) {
                 continue;
             }
-            let named = document(store, &descriptor.digest)?.subject;
+            let named = match document(store, &descriptor.digest) {
+                Ok(document) => document.subject,
+                Err(error) => {
+                    progress.warn(format!("`{tag}` stays here: {error:#}"));
+                    broken.insert(descriptor.digest);
+                    continue;
+                }
+            };
             if let Some(other) = named.as_ref().filter(|named| named.digest != subject) {
                 let problem = Problem::failed(format!("`{tag}` is about another artifact: {}", other.digest));
                 return Err(problem.hint(format!("remove the tag: `pipeline artifact untag {tag}`")).into());
@@ -145,8 +157,30 @@ pub fn push(
                 .into());
         }
     }
-    let options = PushOptions { mount_from, attached: attached(store, &reached.documents)? };
-    registry.push(&Source(store), digest, to, &options, progress)
+    let mut tries = 0;
+    loop {
+        let options = PushOptions { mount_from: mount_from.clone(), attached: attached(store, &reached.documents, progress)? };
+        match registry.push(&Source(store), digest, to, &options, progress) {
+            Err(error) if tries < MERGES && error.downcast_ref::<WouldBeLost>().is_some() => {
+                for tag in options.attached.iter().filter_map(|(_, tag)| tag.as_deref()).filter(|tag| tag.ends_with(".sig")) {
+                    merge(store, registry, &to.with_tag(tag)?, tag, progress)?;
+                }
+                tries += 1;
+            }
+            result => return result,
+        }
+    }
+}
+
+/// Puts the signatures that a registry has under cosign's tag to those of the store.
+fn merge(store: &Store, registry: &Registry, there: &Reference, tag: &str, progress: &dyn Progress) -> Result<()> {
+    let Some(subject) = subject_of(tag) else { return Ok(()) };
+    if registry.digest(there)?.is_none() {
+        return Ok(());
+    }
+    let fetched = registry.fetch(there, registry::Reach::All, &Sink(store), progress)?;
+    let root = &fetched.root;
+    sign::adopt(store, &subject, &Descriptor::new(root.media_type.clone(), root.digest, root.size))
 }
 
 /// What a pull brought.
@@ -269,6 +303,11 @@ fn tag_attached(store: &Store, attached: &Attached, progress: &dyn Progress) -> 
             _ => store.tag(tag, &descriptor),
         };
     }
+    let subject = document(store, &digest)?.subject;
+    if subject.is_none_or(|named| named.digest != attached.subject) {
+        progress.warn(format!("`{digest}` was passed over: it is not about {}", attached.subject));
+        return Ok(());
+    }
     // By its kind, such as `.sbom.spdx` or `.report.NAME`; what nobody here knows is told apart by number only.
     if referrer::adopt(store, &attached.subject, &descriptor)?.is_some() {
         return Ok(());
@@ -288,7 +327,11 @@ fn tag_attached(store: &Store, attached: &Attached, progress: &dyn Progress) -> 
 }
 
 fn holds_all(theirs: &Document, ours: &Document) -> bool {
-    ours.layers.iter().all(|layer| theirs.layers.iter().any(|other| other.digest == layer.digest))
+    // Two keys over one reference sign the same bytes: what differs is the signature beside them.
+    let is = |one: &Descriptor, other: &Descriptor| {
+        one.digest == other.digest && one.annotations.get(sign::SIGNATURE) == other.annotations.get(sign::SIGNATURE)
+    };
+    ours.layers.iter().all(|layer| theirs.layers.iter().any(|other| is(other, layer)))
 }
 
 /// The store as a place to push from.
@@ -389,6 +432,7 @@ impl Begun for Partial<'_> {
 #[cfg(test)]
 mod tests {
     use super::*;
+    use crate::progress::Silent;
 
     /// Gives some bytes, then an error of this kind.
     struct Breaking<'a>(&'a [u8], std::io::ErrorKind);
@@ -463,7 +507,7 @@ mod tests {
         let reached = reach(&store, &index.digest).unwrap();
         assert_eq!(reached.documents, BTreeSet::from([app.digest, index.digest]));
         assert_eq!(reached.blobs.into_keys().collect::<BTreeSet<_>>(), BTreeSet::from([Digest::of("{}"), Digest::of("app")]));
-        let mut found = attached(&store, &reached.documents).unwrap();
+        let mut found = attached(&store, &reached.documents, &Silent).unwrap();
         found.sort();
         let mut expected = vec![
             (sbom.digest, None),
@@ -474,7 +518,7 @@ mod tests {
         assert_eq!(found, expected);
 
         store.tag(&format!("sha256-{}.other.2", app.digest.hex()), &stranger).unwrap();
-        let error = attached(&store, &reached.documents).unwrap_err();
+        let error = attached(&store, &reached.documents, &Silent).unwrap_err();
         assert!(error.to_string().ends_with(&format!("is about another artifact: {}", other.digest)), "{error}");
     }
 }

@@ -70,6 +70,16 @@ impl Default for Index {
     }
 }
 
+/// What tells that a file is as it was: any write changes ctime.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, Serialize, Deserialize)]
+pub struct Stamp {
+    ino: u64,
+    size: u64,
+    mtime: (i64, i64),
+    /// Seconds and nanoseconds.
+    pub(super) ctime: (i64, i64),
+}
+
 /// A held lock; the kernel releases it when this is dropped or the process ends.
 #[derive(Debug)]
 pub struct Lock {
@@ -257,6 +267,17 @@ impl Store {
 
     pub fn blob(&self, digest: &Digest) -> PathBuf {
         self.layout().join("blobs/sha256").join(digest.hex())
+    }
+
+    /// What tells that a blob is as it was; `None`: it is not there.
+    pub fn stamp(&self, digest: &Digest) -> Option<Stamp> {
+        let meta = self.blob(digest).symlink_metadata().ok()?;
+        Some(Stamp {
+            ino: meta.ino(),
+            size: meta.len(),
+            mtime: (meta.mtime(), meta.mtime_nsec()),
+            ctime: (meta.ctime(), meta.ctime_nsec()),
+        })
     }
 
     /// Whether a blob of this size is there. Its bytes are not read; see [`Store::verify`].

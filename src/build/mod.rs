@@ -37,7 +37,7 @@ use anyhow::{Context as _, Result};
 use serde::Serialize;
 
 use crate::artifact::store::Store;
-use crate::config::types::{Base, BuilderRef, Configure, Pipeline, Source};
+use crate::config::types::{AppImage, Base, BuilderRef, Configure, FileContent, Pipeline, Source};
 use crate::error::Problem;
 use crate::oci::digest::{Digest, Hasher};
 use crate::progress::Progress;
@@ -554,6 +554,40 @@ fn read_configure(prepared: &mut Prepared) -> Result<()> {
         prepared.configure.push(digest);
     }
     Ok(())
+}
+
+/// What a build of `pipeline` takes from its own files, its source apart, that is not as the commit has it; the first that was
+/// found. Pipeline file, lock, builder, configure steps, and a machine's files and apps count; a package that its lock pins
+/// and a base do not, since they are named by digest.
+pub fn uncommitted(pipeline: &Pipeline) -> Result<Option<PathBuf>> {
+    // Each with whether files count that Git ignores.
+    let mut inputs = vec![(pipeline.file.clone(), true)];
+    let lock = pipeline.dir.join(lock::FILE_NAME);
+    inputs.extend(lock.exists().then_some((lock, true)));
+    if let BuilderRef::Folder(folder) = &pipeline.runtime.builder {
+        inputs.push((folder.clone(), true));
+    }
+    inputs.extend(pipeline.configure.iter().filter_map(|configure| match configure {
+        Configure::Shell(path) => Some((path.clone(), true)),
+        Configure::Ansible(path) => Some((path.parent()?.to_path_buf(), false)),
+    }));
+    if let Some(host) = &pipeline.host {
+        inputs.extend(host.files.iter().filter_map(|file| match &file.content {
+            FileContent::File(path) => Some((path.clone(), true)),
+            FileContent::Text(_) => None,
+        }));
+        // Of another pipeline everything in its folder.
+        inputs.extend(host.apps.iter().filter_map(|app| match &app.image {
+            AppImage::Pipeline(file) => Some((file.parent()?.to_path_buf(), false)),
+            _ => None,
+        }));
+    }
+    for (path, ignored) in inputs {
+        if !source::git::is_committed(&path, ignored)? {
+            return Ok(Some(path));
+        }
+    }
+    Ok(source::git::is_dirty(&pipeline.dir)?.then(|| pipeline.dir.clone()))
 }
 
 /// What the store knows of each step; a corrupt blob is told and counts as nothing.

@@ -187,6 +187,11 @@ pub fn plan(store: &Store, keep: usize, locks: &[lock::Lock], needed: &Needed) -
         let disk = record.as_ref().and_then(|record| record["disk"].as_str()?.parse::<Digest>().ok());
         name.starts_with('.') || disk.is_some_and(|disk| blobs.contains(&disk.hex()))
     })?;
+    for (kind, folder) in [("list of packages", "inventories"), ("list of blobs", "whole")] {
+        collect(&mut unneeded, kind, &store.cache(folder), &|name| {
+            name.starts_with('.') || blobs.contains(name.split('.').next().unwrap_or(name))
+        })?;
+    }
     collect(&mut unneeded, "package", &store.cache("debs"), &|name| {
         !is_package(name) || packages.contains(name.split('.').next().unwrap_or(name))
     })?;

@@ -4,7 +4,6 @@
 //! blob. A blob that changed since (by its stat data) is read again and, when it is corrupt,
 //! counts as not there.
 
-use std::os::unix::fs::MetadataExt as _;
 use std::path::PathBuf;
 
 use anyhow::Result;
@@ -12,7 +11,7 @@ use serde::{Deserialize, Serialize};
 
 use super::plan::Ingredient;
 use crate::artifact::image::{Layer, RunConfig};
-use crate::artifact::store::{Store, write_cache};
+use crate::artifact::store::{Stamp, Store, write_cache};
 use crate::oci::digest::Digest;
 
 /// Format of both kinds of record: others are not read.
@@ -42,27 +41,6 @@ pub struct StepRecord {
     stamps: Vec<Stamp>,
 }
 
-/// What tells that a file is as it was: any write changes ctime.
-#[derive(Debug, Clone, Copy, PartialEq, Eq, Serialize, Deserialize)]
-struct Stamp {
-    ino: u64,
-    size: u64,
-    mtime: (i64, i64),
-    ctime: (i64, i64),
-}
-
-impl Stamp {
-    fn of(store: &Store, layer: &Layer) -> Option<Self> {
-        let meta = store.blob(&layer.descriptor.digest).symlink_metadata().ok()?;
-        Some(Self {
-            ino: meta.ino(),
-            size: meta.len(),
-            mtime: (meta.mtime(), meta.mtime_nsec()),
-            ctime: (meta.ctime(), meta.ctime_nsec()),
-        })
-    }
-}
-
 /// What [`find`] says.
 #[derive(Debug)]
 pub enum Found {
@@ -90,7 +68,7 @@ impl StepRecord {
     }
 
     pub fn save(&mut self, store: &Store) -> Result<()> {
-        self.stamps = self.layers.iter().filter_map(|layer| Stamp::of(store, layer)).collect();
+        self.stamps = self.layers.iter().filter_map(|layer| store.stamp(&layer.descriptor.digest)).collect();
         write_cache(&path(store, &self.key), &serde_json::to_vec(self)?)
     }
 
@@ -110,7 +88,7 @@ pub fn find(store: &Store, key: &Digest) -> Result<Found> {
     if record.version != VERSION {
         return Ok(Found::Nothing);
     }
-    let now: Vec<Stamp> = record.layers.iter().filter_map(|layer| Stamp::of(store, layer)).collect();
+    let now: Vec<Stamp> = record.layers.iter().filter_map(|layer| store.stamp(&layer.descriptor.digest)).collect();
     if now.len() != record.layers.len() {
         return Ok(Found::Nothing);
     }

@@ -123,14 +123,32 @@ impl Office {
             }
             _ => None,
         };
-        let network = gate::http::Network { ca_bundle: around.host.ca_bundle.clone(), ..Default::default() };
+        // Lower case first, as curl and the registry client read them.
+        let variable = |name: &str| {
+            let given = |name: &str| around.host.variables.get(name).filter(|value| !value.is_empty()).cloned();
+            given(name).or_else(|| given(&name.to_uppercase()))
+        };
+        let network = gate::http::Network {
+            https_proxy: variable("https_proxy"),
+            http_proxy: variable("http_proxy"),
+            no_proxy: variable("no_proxy"),
+            ca_bundle: around.host.ca_bundle.clone(),
+        };
         Ok(Self { around, ledger, remote, name, email: git.email, signer, network, here })
     }
 
     /// Calls `work` with a desk.
     pub fn sit<T>(&self, work: impl FnOnce(&Desk<'_>) -> Result<T>) -> Result<T> {
         let boot = |digest: &_, test: &_| super::test::boot_for_gate(&self.around, digest, test) as Result<Tested>;
-        let evidence = FromStore { store: &self.around.store, cwd: &self.around.cwd, network: &self.network, boot: &boot };
+        let evidence = FromStore {
+            store: &self.around.store,
+            cwd: &self.around.cwd,
+            network: &self.network,
+            boot: &boot,
+            threads: self.around.host.threads,
+            progress: &self.around.progress,
+            told: Default::default(),
+        };
         let clock = || Timestamp::now();
         let desk = Desk {
             ledger: &self.ledger,

@@ -14,9 +14,9 @@ use super::promote::{self, Reasons};
 use super::{Global, report, ui};
 use crate::config::check::rollout;
 use crate::config::types::{SecretRef, Upstream};
-use crate::error::Problem;
+use crate::error::{self, Problem};
 use crate::progress::Progress as _;
-use crate::release::desk::Applied;
+use crate::release::desk::{Applied, Outcome};
 use crate::release::mirror::{Became, What};
 use crate::release::policy::{self, Policy};
 use crate::release::promotion::Action;
@@ -295,11 +295,27 @@ pub fn secret(global: &Global, verb: SecretVerb) -> Result<u8> {
             .hint(format!("standard input has it: `pipeline secret set {environment} {key} < FILE`, at most 1 MiB"))
             .into());
     }
-    let office = Office::open(global, environment.split_once('/').map(|(name, _)| name).or(pipeline.as_deref()))?;
-    let id = keep(&office.around.store.state("secrets"), &value)?;
-    let secrets = BTreeMap::from([(key, Some(SecretRef::Stored(id)))]);
-    drop(office);
-    configure(global, &environment, pipeline.as_deref(), &Action::Configure { values: BTreeMap::new(), secrets }, &reasons)
+    let dir = ui::Surroundings::new(global)?.store.state("secrets");
+    // A dry run decides about a name nothing is kept under.
+    let id = if reasons.is_dry_run() { fresh_id() } else { keep(&dir, &value)? };
+    let secrets = BTreeMap::from([(key, Some(SecretRef::Stored(id.clone())))]);
+    let action = Action::Configure { values: BTreeMap::new(), secrets };
+    let decided = decide(global, &environment, pipeline.as_deref(), &action, &reasons);
+    let is_refused = match &decided {
+        Ok((_, outcome)) => outcome.commit.is_none(),
+        // After any other failure, such as an answer of the remote that was lost, the decision may be there.
+        Err(error) => error::problem(error).is_some_and(|it| matches!(it.kind, error::Kind::Failed | error::Kind::Usage)),
+    };
+    if is_refused && !reasons.is_dry_run() {
+        fs_err::remove_file(dir.join(&id))?;
+    }
+    let (office, outcome) = decided?;
+    promote::finish(global, &office, &reasons, outcome, Until::Done)
+}
+
+/// What the ledger knows a value by, which says nothing about it.
+fn fresh_id() -> String {
+    hex::encode(rand::random::<[u8; 16]>())
 }
 
 /// Writes a secret where only this user reads it; the name the ledger knows it by, which says nothing about the value.
@@ -307,7 +323,7 @@ fn keep(dir: &Path, value: &[u8]) -> Result<String> {
     use std::os::unix::fs::PermissionsExt as _;
     fs_err::create_dir_all(dir)?;
     fs_err::set_permissions(dir, std::fs::Permissions::from_mode(0o700))?;
-    let id = hex::encode(rand::random::<[u8; 16]>());
+    let id = fresh_id();
     // Mode 0600 from its first byte on.
     let mut temp = tempfile::Builder::new().prefix(".tmp-").tempfile_in(dir)?;
     std::io::Write::write_all(&mut temp, value).context("cannot write the secret")?;
@@ -318,13 +334,29 @@ fn keep(dir: &Path, value: &[u8]) -> Result<String> {
 }
 
 fn configure(global: &Global, environment: &str, pipeline: Option<&str>, action: &Action, reasons: &Reasons) -> Result<u8> {
-    let office = Office::open(global, environment.split_once('/').map(|(name, _)| name).or(pipeline))?;
-    let place = office.place(environment, pipeline)?;
-    let (outcome, people) = office.sit(|desk| {
+    let (office, outcome) = decide(global, environment, pipeline, action, reasons)?;
+    promote::finish(global, &office, reasons, outcome, Until::Done)
+}
+
+fn decide(
+    global: &Global,
+    environment: &str,
+    pipeline: Option<&str>,
+    action: &Action,
+    reasons: &Reasons,
+) -> Result<(Office, Outcome)> {
+    let given = environment.split_once('/').map(|(name, _)| name).or(pipeline);
+    let opened = Office::open(global, given).and_then(|office| {
+        let place = office.place(environment, pipeline)?;
+        Ok((office, place))
+    });
+    let (office, place) = reasons.reported(environment, opened)?;
+    let decided = office.sit(|desk| {
         desk.sync(false)?;
         let outcome = desk.decide(&place.pipeline, &place.environment, action, &reasons.ask(false))?;
         Ok((outcome, !desk.load(&place.pipeline)?.policy.people.is_empty()))
-    })?;
+    });
+    let (outcome, people) = reasons.reported(&place.name(), decided)?;
     office.say_unchecked(people);
-    promote::finish(global, &office, reasons, outcome, Until::Done)
+    Ok((office, outcome))
 }

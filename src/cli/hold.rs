@@ -10,7 +10,7 @@ use crate::config::syntax;
 use crate::error::Problem;
 use crate::release::decision::{Decision, Kind, Refused, Why};
 use crate::release::desk::{self, Desk, Loaded};
-use crate::release::promotion;
+use crate::release::promotion::{self, Candidate};
 use crate::release::state::State;
 
 #[derive(Debug, clap::Args)]
@@ -94,13 +94,20 @@ pub fn approve(global: &Global, args: ApproveArgs) -> Result<u8> {
     let given = args.environment.split_once('/').map(|(name, _)| name).or(args.pipeline.as_deref());
     let office = Office::open(global, given)?;
     let place = office.place(&args.environment, args.pipeline.as_deref())?;
-    let wanted = args.release.clone();
+    let wanted = args.release.as_deref();
+    // Where releases enter nobody upstream knows them: as with `promote` it is the store that does.
+    let in_store = super::release::find(&office.around.store, &place.pipeline, wanted).ok();
     note(global, &office, &place, &|loaded, state, time| {
         let policy = loaded.policy.environment(&place.environment)?;
-        let found = match &wanted {
-            Some(wanted) => desk::known_release(loaded, &place.environment, wanted)
-                .ok_or_else(|| Refused::new(Why::NotUpstream, format!("nobody knows a release `{wanted}` here")))?,
-            None => promotion::candidate(loaded.view(), &place.environment)?.ok_or_else(|| {
+        let known = wanted.and_then(|wanted| desk::known_release(loaded, &place.environment, wanted));
+        let enters = in_store.as_ref().filter(|_| policy.from.names().is_empty());
+        let found = match (wanted, known, enters) {
+            (_, Some(known), _) => known,
+            (_, None, Some(made)) => Candidate { release: made.digest, version: made.version.clone(), author: None },
+            (Some(wanted), None, None) => {
+                return Err(Refused::new(Why::NotUpstream, format!("nobody knows a release `{wanted}` here")));
+            }
+            (None, None, None) => promotion::candidate(loaded.view(), &place.environment)?.ok_or_else(|| {
                 Refused::new(Why::Nothing, format!("nothing new waits for `{}`", state.name()))
                     .hint("`--release` names one that is upstream")
             })?,

@@ -1,4 +1,4 @@
-//! `pipeline ledger path|verify|accept|set-aside` and `keys generate`.
+//! `pipeline ledger path|log|verify|accept|set-aside` and `keys generate`.
 
 use std::fmt::Write as _;
 use std::path::PathBuf;
@@ -8,7 +8,7 @@ use jiff::Timestamp;
 use serde_json::json;
 
 use super::desk::Office;
-use super::{Global, ui};
+use super::{Global, status, ui};
 use crate::artifact::keys::{self, PrivateKey};
 use crate::error::Problem;
 use crate::release::audit;
@@ -18,6 +18,8 @@ use crate::release::ledger::RemoteError;
 pub enum Verb {
     /// Print where the ledger's Git repository is
     Path,
+    /// List decisions, of everybody about everything; the same as `pipeline log`
+    Log(status::LogArgs),
     /// Check the whole history: objects, chain, signatures, and that every state follows from its decisions
     Verify,
     /// Take the history as it is for the right one, after it was rewritten and somebody has looked at why
@@ -43,15 +45,17 @@ pub enum KeysVerb {
 pub const PASSWORD: &str = "COSIGN_PASSWORD";
 
 pub fn run(global: &Global, verb: Verb) -> Result<u8> {
-    let office = Office::open_to_read(global, None)?;
+    let office = || Office::open_to_read(global, None);
     match verb {
+        Verb::Log(args) => status::log(global, args),
         Verb::Path => {
+            let office = office()?;
             let path = office.ledger.dir();
             ui::answer(global, &json!({"schema": 1, "path": path}), || format!("{}\n", path.display()))?;
             Ok(0)
         }
         Verb::Verify => {
-            let verified = audit::verify(&office.ledger, Timestamp::now())?;
+            let verified = audit::verify(&office()?.ledger, Timestamp::now())?;
             let findings: Vec<_> = verified
                 .findings
                 .iter()
@@ -70,10 +74,11 @@ pub fn run(global: &Global, verb: Verb) -> Result<u8> {
             Ok(u8::from(!verified.findings.is_empty()))
         }
         Verb::Accept => {
-            office.ledger.accept()?;
+            office()?.ledger.accept()?;
             Ok(0)
         }
         Verb::SetAside => {
+            let office = office()?;
             let Some(remote) = &office.remote else {
                 return Err(Problem::usage("the ledger is on this machine only: nothing to set aside").into());
             };

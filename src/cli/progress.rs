@@ -8,7 +8,7 @@ use std::time::Duration;
 use indicatif::{MultiProgress, ProgressBar, ProgressStyle};
 
 use super::Global;
-use super::report::bytes;
+use super::report::{bytes, plain};
 use crate::progress::{Event, Outcome, Progress};
 
 /// Lines of the running step that are shown below it.
@@ -145,7 +145,7 @@ impl Progress for Shown {
             return;
         }
         if let Event::Warning { text } = &event {
-            return self.line(&format!("{} {text}", self.paint("33", "warning:")));
+            return self.line(&format!("{} {}", self.paint("33", "warning:"), plain(text)));
         }
         if self.quiet {
             return;
@@ -159,7 +159,7 @@ impl Progress for Shown {
             Event::StepStart { step, because } => self.start(&step, &because),
             Event::StepOutput { step, line } => self.output(&step, &line),
             Event::StepEnd { step, outcome, seconds, bytes } => self.end(&step, outcome, seconds, bytes),
-            Event::Note { text } => self.line(&text),
+            Event::Note { text } => self.line(&plain(&text)),
             Event::Warning { .. } | Event::Built { .. } => {}
         }
     }

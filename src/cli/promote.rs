@@ -2,7 +2,7 @@
 
 use std::fmt::Write as _;
 
-use anyhow::Result;
+use anyhow::{Context as _, Result};
 use jiff::Timestamp;
 use serde_json::json;
 
@@ -13,12 +13,17 @@ use super::{Global, report, ui};
 use crate::error::Problem;
 use crate::oci::digest::Digest;
 use crate::progress::Progress as _;
+use crate::release::change::{self, Change};
 use crate::release::decision::Verdict;
 use crate::release::desk::{self, Ask, Desk, Loaded, Outcome};
 use crate::release::mirror::What;
 use crate::release::promotion::{self, Action, Back, Candidate, Plan};
 use crate::vm::test::report::escape;
 
+/// Packages named in a dry run for people; a first release has hundreds.
+const PACKAGES_SHOWN: usize = 40;
+/// Test case of what is no gate.
+const RULES: &str = "rules";
 /// Exit status when something has to serve the release before it counts.
 const UNSERVED: u8 = 75;
 
@@ -55,8 +60,8 @@ pub struct PromoteArgs {
     /// Lift the hold that is there
     #[arg(long)]
     lift: bool,
-    /// Promote whatever may come by itself now, in the whole pipeline
-    #[arg(long, conflicts_with_all = ["to", "release", "lift"])]
+    /// Promote whatever may come by itself now, in the whole pipeline; with `--dry-run` show what would
+    #[arg(long, conflicts_with_all = ["to", "release", "lift", "reason", "overrides", "no_wait"])]
     automatic: bool,
     #[command(flatten)]
     reasons: Reasons,
@@ -84,19 +89,14 @@ pub fn promote(global: &Global, args: PromoteArgs) -> Result<u8> {
         },
         (None, given) => (given.clone(), String::new()),
     };
-    let office = Office::open(global, pipeline.as_deref())?;
-    let pipeline = office.pipeline(pipeline.as_deref())?;
+    let named = [pipeline.as_deref().unwrap_or_default(), &environment].join("/");
+    let opened = Office::open(global, pipeline.as_deref()).and_then(|office| {
+        let pipeline = office.pipeline(pipeline.as_deref())?;
+        Ok((office, pipeline))
+    });
+    let (office, pipeline) = args.reasons.reported(named.trim_matches('/'), opened)?;
     if args.automatic {
-        let outcomes = office.sit(|desk| desk.automatic(&pipeline))?;
-        if outcomes.iter().any(|outcome| outcome.commit.is_some())
-            && let Ok(daemon) = Daemon::of(global, &office.around.host)
-        {
-            hand_over(&office, &daemon, None);
-        }
-        let tags = office.tags(&pipeline, What::Left);
-        let value = json!({"schema": 1, "outcomes": outcomes, "tags": tags});
-        ui::answer(global, &value, || outcomes.iter().map(text).collect())?;
-        return Ok(0);
+        return automatic(global, &office, &pipeline, &args.reasons);
     }
     let place = Place { pipeline, environment };
     let decided = office.sit(|desk| {
@@ -106,7 +106,8 @@ pub fn promote(global: &Global, args: PromoteArgs) -> Result<u8> {
         let ask = args.reasons.ask(args.lift);
         Ok((desk.decide(&place.pipeline, &place.environment, &action, &ask)?, !loaded.policy.people.is_empty()))
     });
-    if decided.is_err() {
+    let decided = args.reasons.reported(&place.name(), decided);
+    if decided.is_err() && !args.reasons.dry_run {
         // A run that was killed after its decision may have left a tag, and this one finds that there is nothing to decide.
         office.tags(&place.pipeline, What::New);
     }
@@ -115,11 +116,37 @@ pub fn promote(global: &Global, args: PromoteArgs) -> Result<u8> {
     finish(global, &office, &args.reasons, outcome, Until::Done)
 }
 
+/// What comes by itself, or would.
+fn automatic(global: &Global, office: &Office, pipeline: &str, reasons: &Reasons) -> Result<u8> {
+    let decided = office.sit(|desk| desk.automatic(pipeline, reasons.dry_run));
+    let outcomes = reasons.reported(pipeline, decided)?;
+    let changes: Vec<_> = outcomes.iter().map(|outcome| reasons.change(office, &outcome.plan)).collect();
+    reasons.write_junit(&outcomes.iter().collect::<Vec<_>>())?;
+    if outcomes.iter().any(|outcome| outcome.commit.is_some())
+        && let Ok(daemon) = Daemon::of(global, &office.around.host)
+    {
+        hand_over(office, &daemon, None);
+    }
+    let tags = if reasons.dry_run { Vec::new() } else { office.tags(pipeline, What::Left) };
+    let value = json!({"schema": 1, "outcomes": outcomes, "changes": changes, "tags": tags});
+    ui::answer(global, &value, || {
+        if outcomes.is_empty() {
+            return format!("{pipeline}: nothing comes by itself now\n");
+        }
+        outcomes.iter().zip(&changes).map(|(outcome, change)| shown(outcome, change.as_ref())).collect()
+    })?;
+    Ok(0)
+}
+
 pub fn rollback(global: &Global, args: RollbackArgs) -> Result<u8> {
-    let office = Office::open(global, args.environment.split_once('/').map(|(name, _)| name).or(args.pipeline.as_deref()))?;
-    let place = office.place(&args.environment, args.pipeline.as_deref())?;
+    let given = args.environment.split_once('/').map(|(name, _)| name).or(args.pipeline.as_deref());
+    let opened = Office::open(global, given).and_then(|office| {
+        let place = office.place(&args.environment, args.pipeline.as_deref())?;
+        Ok((office, place))
+    });
+    let (office, place) = args.reasons.reported(&args.environment, opened)?;
     foretell(global, &office, &place, args.to.as_deref());
-    let (outcome, people) = office.sit(|desk| {
+    let decided = office.sit(|desk| {
         desk.sync(true)?;
         let loaded = desk.load(&place.pipeline)?;
         let back = match &args.to {
@@ -128,7 +155,8 @@ pub fn rollback(global: &Global, args: RollbackArgs) -> Result<u8> {
         };
         let outcome = desk.decide(&place.pipeline, &place.environment, &Action::Rollback(back), &args.reasons.ask(false))?;
         Ok((outcome, !loaded.policy.people.is_empty()))
-    })?;
+    });
+    let (outcome, people) = args.reasons.reported(&place.name(), decided)?;
     office.say_unchecked(people);
     finish(global, &office, &args.reasons, outcome, Until::Switch)
 }
@@ -136,6 +164,33 @@ pub fn rollback(global: &Global, args: RollbackArgs) -> Result<u8> {
 impl Reasons {
     pub fn ask(&self, lift: bool) -> Ask<'_> {
         Ask { reason: &self.reason, overrides: &self.overrides, lift, dry_run: self.dry_run }
+    }
+
+    pub fn is_dry_run(&self) -> bool {
+        self.dry_run
+    }
+
+    /// What a dry run shows besides the gates' answers.
+    fn change(&self, office: &Office, plan: &Plan) -> Option<Change> {
+        let to = plan.to.as_ref().filter(|_| self.dry_run)?;
+        Some(change::between(&office.around.store, plan.from.as_ref(), to, office.around.host.threads))
+    }
+
+    fn write_junit(&self, outcomes: &[&Outcome]) -> Result<()> {
+        let Some(file) = &self.junit else { return Ok(()) };
+        let suites: String = outcomes.iter().map(|outcome| suite(&outcome.plan)).collect();
+        Ok(fs_err::write(file, junit(&suites))?)
+    }
+
+    /// Writes what was refused before any gate was asked as a case of its own, so that a job that collects the file finds
+    /// one; the refusal goes on.
+    pub fn reported<T>(&self, name: &str, decided: Result<T>) -> Result<T> {
+        let (Err(error), Some(file)) = (&decided, &self.junit) else { return decided };
+        let written = fs_err::write(file, junit(&refusal(name, &format!("{error:#}"))));
+        match written {
+            Ok(()) => decided,
+            Err(wrong) => decided.with_context(|| format!("cannot write the gates' answers either: {wrong}")),
+        }
     }
 }
 
@@ -151,7 +206,7 @@ fn coming(office: &Office, loaded: &Loaded, environment: &str, wanted: Option<&s
     }
     if policy.from.names().is_empty() {
         let made = super::release::find(&office.around.store, pipeline, wanted)?;
-        let author = Some(office.name().to_owned());
+        let author = super::release::author(office, &loaded.policy, &made);
         return Ok(Action::Enter(Candidate { release: made.digest, version: made.version, author }));
     }
     if let Some(wanted) = wanted {
@@ -214,9 +269,8 @@ fn foretell(global: &Global, office: &Office, place: &Place, to: Option<&str>) {
 
 /// Shows the outcome, lets the registry's tags follow it, and waits until it runs where a daemon serves it; the exit status.
 pub fn finish(global: &Global, office: &Office, reasons: &Reasons, mut outcome: Outcome, until: Until) -> Result<u8> {
-    if let Some(file) = &reasons.junit {
-        fs_err::write(file, junit(&outcome.plan))?;
-    }
+    reasons.write_junit(&[&outcome])?;
+    let change = reasons.change(office, &outcome.plan);
     let daemon = Daemon::of(global, &office.around.host).ok().filter(|_| outcome.commit.is_some());
     // The daemon begins while this shows what was decided.
     let wanted = wanted(&outcome, until).filter(|_| outcome.unserved);
@@ -224,7 +278,7 @@ pub fn finish(global: &Global, office: &Office, reasons: &Reasons, mut outcome: 
     outcome.unserved &= !served;
     let tags = || outcome.commit.iter().flat_map(|_| office.tags(&outcome.plan.pipeline, What::Left)).collect::<Vec<_>>();
     if !global.json {
-        ui::answer(global, &(), || text(&outcome))?;
+        ui::answer(global, &(), || shown(&outcome, change.as_ref()))?;
     }
     let waited = match (&daemon, &wanted) {
         (Some(daemon), Some(wanted)) if served && !reasons.no_wait => Some(follow::follow(&office.around, daemon, wanted)),
@@ -236,7 +290,11 @@ pub fn finish(global: &Global, office: &Office, reasons: &Reasons, mut outcome: 
     let left = matches!(waited, Some(None));
     let end: Option<End> = waited.flatten();
     if global.json {
-        ui::answer(global, &json!({"schema": 1, "outcome": outcome, "tags": told, "rollout": end}), String::new)?;
+        let mut value = json!({"schema": 1, "outcome": outcome, "tags": told, "rollout": end});
+        if reasons.dry_run {
+            value["changes"] = json!(change);
+        }
+        ui::answer(global, &value, String::new)?;
     } else if let Some(end) = &end {
         ui::answer(global, &(), || rolled_out(end))?;
     }
@@ -285,6 +343,11 @@ fn rolled_out(end: &End) -> String {
 
 /// An outcome for people.
 pub fn text(outcome: &Outcome) -> String {
+    shown(outcome, None)
+}
+
+/// An outcome for people, with all that would change.
+fn shown(outcome: &Outcome, change: Option<&Change>) -> String {
     let plan = &outcome.plan;
     let name = format!("{}/{}", plan.pipeline, plan.environment);
     let mut text = String::new();
@@ -293,10 +356,13 @@ pub fn text(outcome: &Outcome) -> String {
         None => "nothing".into(),
     };
     let _ = writeln!(text, "{name}: {} → {}", pair(&plan.from), pair(&plan.to));
-    if let (Some(from), Some(to)) = (&plan.from, &plan.to) {
-        for line in super::release::configured(&from.config, &to.config) {
-            let _ = writeln!(text, "  {line}");
-        }
+    let lines = match (change, &plan.from, &plan.to) {
+        (Some(change), _, _) => super::release::changed(change, PACKAGES_SHOWN),
+        (None, Some(from), Some(to)) => super::release::configured(&from.config, &to.config),
+        _ => Vec::new(),
+    };
+    for line in lines {
+        let _ = writeln!(text, "  {line}");
     }
     let mark = |verdict: Verdict| match verdict {
         Verdict::Allow => "ok",
@@ -339,14 +405,18 @@ fn from_now(next: Timestamp, now: Timestamp) -> String {
     crate::config::types::Seconds(seconds.unsigned_abs()).to_string()
 }
 
-/// The gates' answers as JUnit XML.
-fn junit(plan: &Plan) -> String {
-    let failures = plan.answers.iter().filter(|answer| answer.stops()).count();
+/// JUnit XML with these suites.
+fn junit(suites: &str) -> String {
+    format!("<?xml version=\"1.0\" encoding=\"UTF-8\"?>\n<testsuites>\n{suites}</testsuites>\n")
+}
+
+/// A suite with the gates' answers, and with what refused it when that was none of them.
+fn suite(plan: &Plan) -> String {
     let name = escape(&format!("{}/{}", plan.pipeline, plan.environment));
-    let mut text = format!(
-        "<?xml version=\"1.0\" encoding=\"UTF-8\"?>\n<testsuites>\n<testsuite name=\"{name}\" tests=\"{}\" failures=\"{failures}\">\n",
-        plan.answers.len()
-    );
+    let refused = plan.refused.as_deref().filter(|_| !plan.allowed);
+    let failures = plan.answers.iter().filter(|answer| answer.stops()).count() + usize::from(refused.is_some());
+    let tests = plan.answers.len() + usize::from(refused.is_some());
+    let mut text = format!("<testsuite name=\"{name}\" tests=\"{tests}\" failures=\"{failures}\">\n");
     for answer in &plan.answers {
         let gate = escape(&answer.gate);
         let reason = escape(&answer.reason);
@@ -356,5 +426,18 @@ fn junit(plan: &Plan) -> String {
         };
         let _ = writeln!(text, "<testcase classname=\"{name}\" name=\"{gate}\">{inner}</testcase>");
     }
-    text + "</testsuite>\n</testsuites>\n"
+    if let Some(why) = refused {
+        let why = escape(why);
+        let _ = writeln!(text, "<testcase classname=\"{name}\" name=\"{RULES}\"><failure message=\"{why}\"/></testcase>");
+    }
+    text + "</testsuite>\n"
+}
+
+/// A suite of one case: the rules, or something on the way, stopped it before any gate was asked.
+fn refusal(name: &str, why: &str) -> String {
+    let (name, why) = (escape(name), escape(why));
+    format!(
+        "<testsuite name=\"{name}\" tests=\"1\" failures=\"0\" errors=\"1\">\n\
+         <testcase classname=\"{name}\" name=\"{RULES}\"><error message=\"{why}\"/></testcase>\n</testsuite>\n"
+    )
 }

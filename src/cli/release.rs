@@ -9,18 +9,19 @@ use super::{Global, ui};
 use crate::artifact::keys::PrivateKey;
 use crate::artifact::provenance::{self, Builder, Material};
 use crate::artifact::release::{self, Release};
-use crate::artifact::sbom;
 use crate::artifact::store::{REF_NAME, Store};
 use crate::build::Built;
 use crate::build::lock;
-use crate::config::types::Pipeline;
+use crate::config::types::{Check, Pipeline, role};
 use crate::error::{Problem, nearest};
 use crate::oci::digest::Digest;
 use crate::progress::Progress as _;
+use crate::release::change::{self, Artifact, Change, Package, Setting};
 use crate::release::decision::Configuration;
 use crate::release::make::{self, Made, Wish};
 use crate::release::mirror::What;
-use crate::release::promotion::{Action, Candidate, Pair};
+use crate::release::policy::Policy;
+use crate::release::promotion::{Action, Candidate};
 
 use super::desk::Office;
 use crate::release::desk::{Ask, Outcome};
@@ -70,7 +71,12 @@ pub fn make(global: &Global, around: &ui::Surroundings, pipeline: &Pipeline, bui
     let version_text = env!("PIPELINE_VERSION");
     let id = around.host.variables.get(BUILDER).cloned().unwrap_or_else(|| provenance::builder_id(version_text));
     let program = Digest::of_reader(fs_err::File::open(&around.host.program)?)?.0;
-    let dirty = built.changed_files > 0;
+    let other = crate::build::uncommitted(pipeline)?;
+    if let (0, Some(path), Some(_)) = (built.changed_files, &other, make::source_of(&around.store, &built.digest, true)?) {
+        let path = path.strip_prefix(&around.cwd).unwrap_or(path);
+        around.progress.note(format!("the provenance says `dirty`: `{}` is not as a commit has it", path.display()));
+    }
+    let dirty = built.changed_files > 0 || other.is_some();
     let reference = pipeline.releases.registry.clone().unwrap_or_else(|| name.clone());
     let wish = Wish {
         name: &name,
@@ -144,13 +150,34 @@ fn enter(global: &Global, name: &str, made: &Release, has_environments: bool) ->
             outcomes.extend(office.sit(|desk| desk.follow(name, environment))?);
             continue;
         }
-        let author = Some(office.name().to_owned());
+        let author = author(&office, &loaded.policy, made);
         let candidate = Candidate { release: made.digest, version: made.version.clone(), author };
         let ask = Ask::default();
         outcomes.push(office.sit(|desk| desk.decide(name, environment, &Action::Enter(candidate), &ask))?);
     }
     office.tags(name, What::Left);
     Ok(outcomes)
+}
+
+/// Who made a release: the one who builds and lets it enter. Where that is one of `people` who can approve nothing, a CI
+/// job, it is the author of the commit that was built, as Git has it.
+pub fn author(office: &Office, policy: &Policy, made: &Release) -> Option<String> {
+    let actor = office.name();
+    let is_job = policy.people.get(actor).is_some_and(|person| {
+        let gates = policy.environments.values().flat_map(|environment| &environment.gates);
+        let mut asked = gates.filter_map(|gate| match &gate.check {
+            Check::Approve(approve) => Some(approve.role.as_str()),
+            _ => None,
+        });
+        !person.roles.contains(role::APPROVE) && !asked.any(|role| person.roles.contains(role))
+    });
+    let of_commit = || -> Option<String> {
+        let dir = office.here.as_ref().map_or(&office.around.cwd, |here| &here.dir);
+        let repository = git2::Repository::discover(dir).ok()?;
+        let commit = repository.find_commit(git2::Oid::from_str(made.revision.as_deref()?).ok()?).ok()?;
+        commit.author().name().ok().filter(|name| !name.is_empty()).map(str::to_owned)
+    };
+    is_job.then(of_commit).flatten().or_else(|| Some(actor.to_owned()))
 }
 
 /// What went into the build: the base image and every locked package.
@@ -217,52 +244,57 @@ pub fn find(store: &Store, name: &str, wanted: Option<&str>) -> Result<Release> 
         .into())
 }
 
-/// What is different between two pairs, a line each: version, commit, configuration, packages.
-pub fn differences(around: &ui::Surroundings, from: &Pair, to: &Pair) -> Result<Vec<String>> {
+/// What is different between two pairs, a line each: artifacts, commit, packages, configuration, size. `most`: packages
+/// that are named, the others are counted.
+pub fn changed(change: &Change, most: usize) -> Vec<String> {
     let mut lines = Vec::new();
-    if from.release != to.release {
-        lines.push(format!("release {} → {}", from.release.short(), to.release.short()));
-        let read = |pair: &Pair| release::read(&around.store, &pair.release).ok();
-        if let (Some(one), Some(other)) = (read(from), read(to))
-            && one.revision != other.revision
-        {
-            let shown =
-                |revision: &Option<String>| revision.as_ref().map_or("unknown".to_owned(), |it| it.chars().take(12).collect());
-            lines.push(format!("commit {} → {}", shown(&one.revision), shown(&other.revision)));
-        }
-        if let (Ok(Some(one)), Ok(Some(other))) =
-            (sbom::of_release(&around.store, &from.release), sbom::of_release(&around.store, &to.release))
-        {
-            let key = |package: &sbom::Package| (package.kind, package.name.clone());
-            let old: std::collections::BTreeMap<_, _> = one.packages.iter().map(|it| (key(it), &it.version)).collect();
-            let new: std::collections::BTreeMap<_, _> = other.packages.iter().map(|it| (key(it), &it.version)).collect();
-            for (key, version) in &new {
-                match old.get(key) {
-                    Some(before) if before == version => {}
-                    Some(before) => lines.push(format!("{} {} {before} → {version}", key.0, key.1)),
-                    None => lines.push(format!("{} {} {version} is new", key.0, key.1)),
-                }
-            }
-            lines.extend(old.keys().filter(|key| !new.contains_key(*key)).map(|key| format!("{} {} is gone", key.0, key.1)));
-        }
+    let short = |digest: &Option<Digest>| digest.as_ref().map_or_else(|| "nothing".to_owned(), Digest::short);
+    for Artifact { kind, name, digest } in &change.artifacts {
+        lines.push(match (&digest.from, &digest.to) {
+            (Some(_), None) => format!("{kind} {name} {} is gone", short(&digest.from)),
+            _ if digest.stays() => format!("{kind} {name} {} stays", short(&digest.to)),
+            _ => format!("{kind} {name} {} → {}", short(&digest.from), short(&digest.to)),
+        });
     }
-    lines.extend(configured(&from.config, &to.config));
-    Ok(lines)
+    if !change.commit.stays() {
+        let shown = |revision: &Option<String>| revision.as_ref().map_or("unknown".into(), |it| it.chars().take(12).collect());
+        let from: String = if change.release.from.is_none() { "nothing".into() } else { shown(&change.commit.from) };
+        lines.push(format!("commit {from} → {}", shown(&change.commit.to)));
+    }
+    let packages = change.packages.as_deref().unwrap_or_default();
+    let list = |versions: &std::collections::BTreeSet<String>| versions.iter().cloned().collect::<Vec<_>>().join(", ");
+    lines.extend(packages.iter().take(most).map(|Package { kind, name, from, to }| match (from.is_empty(), to.is_empty()) {
+        (true, _) => format!("{kind} {name} {} is new", list(to)),
+        (_, true) => format!("{kind} {name} is gone"),
+        _ => format!("{kind} {name} {} → {}", list(from), list(to)),
+    }));
+    if packages.len() > most {
+        lines.push(format!("… and {} more packages; `--json` has all", packages.len() - most));
+    }
+    lines.extend(settings(&change.values, &change.secrets));
+    if let (Some(bytes), false) = (change.bytes, change.release.stays()) {
+        let packages = change.packages.as_ref().map(|packages| format!(", {} packages", packages.len())).unwrap_or_default();
+        lines.push(format!("{} to move{packages}", super::report::bytes(bytes)));
+    }
+    lines.extend(change.unknown.iter().map(|why| format!("not known: {why}")));
+    lines
 }
 
 /// What is different between two configurations, a line each.
 pub fn configured(from: &Configuration, to: &Configuration) -> Vec<String> {
-    let mut lines = Vec::new();
-    for (key, value) in &to.values {
-        match from.values.get(key) {
-            Some(before) if before == value => {}
-            Some(before) => lines.push(format!("{key}: {before} → {value}")),
-            None => lines.push(format!("{key}: new, {value}")),
-        }
-    }
-    lines.extend(from.values.keys().filter(|key| !to.values.contains_key(*key)).map(|key| format!("{key}: gone")));
-    if from.secrets != to.secrets {
-        lines.push("the secrets differ".into());
+    let (values, secrets) = change::configured(Some(from), to);
+    settings(&values, &secrets)
+}
+
+fn settings(values: &[Setting], secrets: &[String]) -> Vec<String> {
+    let line = |Setting { name, value }: &Setting| match (&value.from, &value.to) {
+        (Some(from), Some(to)) => format!("{name}: {from} → {to}"),
+        (None, Some(to)) => format!("{name}: new, {to}"),
+        _ => format!("{name}: gone"),
+    };
+    let mut lines: Vec<String> = values.iter().map(line).collect();
+    if !secrets.is_empty() {
+        lines.push(format!("the secrets differ: {}", secrets.join(", ")));
     }
     lines
 }

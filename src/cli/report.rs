@@ -1,5 +1,7 @@
 //! Texts of answers that more than one verb shows.
 
+use std::borrow::Cow;
+
 use crate::build::Built;
 use crate::build::plan::Step;
 use crate::build::record::StepRecord;
@@ -40,8 +42,20 @@ pub fn bytes(bytes: u64) -> String {
     if unit == 0 { format!("{bytes} B") } else { format!("{value:.1} {}", UNITS[unit]) }
 }
 
-/// Rows with columns of equal width, two spaces apart.
+/// A text whose control characters are shown and do nothing to the terminal; lines and tabs stay. Versions, names and
+/// reasons may come from a registry or a ledger that others write.
+pub fn plain(text: &str) -> Cow<'_, str> {
+    let harms = |c: char| c.is_control() && !matches!(c, '\n' | '\t');
+    if !text.contains(harms) {
+        return Cow::Borrowed(text);
+    }
+    text.chars().map(|c| if harms(c) { c.escape_default().to_string() } else { c.to_string() }).collect()
+}
+
+/// Rows with columns of equal width, two spaces apart. A cell is one line, whatever is in it.
 pub fn table(rows: &[Vec<String>]) -> String {
+    let line = |cell: &String| plain(cell).replace('\n', "\\n").replace('\t', "\\t");
+    let rows: Vec<Vec<String>> = rows.iter().map(|row| row.iter().map(line).collect()).collect();
     let columns = rows.iter().map(Vec::len).max().unwrap_or(0);
     let width = |column: usize| rows.iter().filter_map(|row| row.get(column)).map(|cell| cell.chars().count()).max().unwrap_or(0);
     let widths: Vec<usize> = (0..columns).map(width).collect();
@@ -60,6 +74,8 @@ mod tests {
     #[test]
     fn sizes_and_tables() {
         assert_eq!([bytes(5), bytes(1500), bytes(2_000_000_000)], ["5 B", "1.5 kB", "2.0 GB"]);
+        assert_eq!(plain("a\tb\n\u{1b}[2J\u{9b}\r\u{7f}ä"), "a\tb\n\\u{1b}[2J\\u{9b}\\r\\u{7f}ä");
+        assert_eq!(table(&[vec!["\u{1b}\n".into(), "b".into()]]), "\\u{1b}\\n  b\n");
         assert_eq!(table(&[vec!["a".into(), "b".into()], vec!["ccc".into(), "d".into()]]), "a    b\nccc  d\n");
     }
 }

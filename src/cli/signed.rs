@@ -230,6 +230,7 @@ fn attached(store: &Store, subject: &Digest) -> Result<Vec<Value>> {
             "signatures": matches!(it.kind, Kind::Signature | Kind::Bundle).then_some(it.content.len()),
             "claims_key": matches!(it.kind, Kind::Bundle | Kind::Provenance).then(bundle).flatten(),
             "result": it.manifest.annotations.get(referrer::REPORT_RESULT),
+            "sequence": it.sequence(),
         })
     };
     Ok(found.into_iter().map(value).collect())

@@ -15,9 +15,9 @@ use crate::config::types::Upstream;
 use crate::error::Problem;
 use crate::oci::digest::Digest;
 use crate::progress::Progress as _;
+use crate::release::change;
 use crate::release::decision::Status;
 use crate::release::desk::{self, Loaded};
-use crate::release::evidence;
 use crate::release::gate;
 use crate::release::mirror::{self, What};
 use crate::release::promotion;
@@ -31,6 +31,9 @@ pub struct StatusArgs {
     /// Show blue and green of one environment again whenever they change, until ^C
     #[arg(long, requires = "name")]
     watch: bool,
+    /// Do not ask registries whether somebody moved a tag
+    #[arg(long)]
+    offline: bool,
 }
 
 #[derive(Debug, clap::Args)]
@@ -131,8 +134,12 @@ pub fn status(global: &Global, args: StatusArgs) -> Result<u8> {
             })
             .into());
     }
+    let mut all: Vec<Loaded> = Vec::new();
     for name in names.into_iter().filter(|name| pipeline.as_ref().is_none_or(|wanted| wanted == name)) {
-        let Some(loaded) = desk::load(&snapshot, &name)? else { continue };
+        all.extend(desk::load(&snapshot, &name)?);
+    }
+    for loaded in &all {
+        let name = &loaded.policy.pipeline;
         for path in environment::drift(&office, &loaded.policy)? {
             office.around.progress.note(format!(
                 "the pipeline file of `{name}` differs from the ledger: {path}; `pipeline environment apply` makes it count"
@@ -141,15 +148,18 @@ pub fn status(global: &Global, args: StatusArgs) -> Result<u8> {
         if let Some(only) = only {
             loaded.policy.environment(only).map_err(Problem::from)?;
         }
-        let tags = tags(&office, &loaded)?;
-        for environment in in_order(&loaded).into_iter().filter(|name| only.is_none_or(|only| only == name)) {
+    }
+    let missed = if args.offline { Vec::new() } else { look(&office, &all, only) };
+    for loaded in &all {
+        let tags = tags(&office, loaded, !args.offline)?;
+        for environment in in_order(loaded).into_iter().filter(|name| only.is_none_or(|only| only == name)) {
             let tag = tags.get(&environment).cloned();
-            rows.extend(loaded.states.get(&environment).map(|state| Row { tag, ..row(&loaded, state, now) }));
+            rows.extend(loaded.states.get(&environment).map(|state| Row { tag, ..row(loaded, state, now) }));
         }
     }
     office.around.progress.finish();
     let served = served(global, &office, &rows);
-    ui::answer(global, &json!({"schema": 1, "environments": rows, "served": served}), || {
+    ui::answer(global, &json!({"schema": 1, "environments": rows, "not_looked_at": missed, "served": served}), || {
         let mut text = table(&rows, now);
         // One environment is shown whole.
         if only.is_some() {
@@ -188,12 +198,27 @@ fn watch(global: &Global, office: &Office, name: &str) -> Result<u8> {
     rollout::watch(global, &Daemon::of(global, &office.around.host)?, name)
 }
 
+/// Asks registries where the tags of what is shown stand. Those that could not be looked at; that changes nothing else.
+fn look(office: &Office, all: &[Loaded], only: Option<&str>) -> Vec<String> {
+    let mut wanted: Vec<mirror::Wanted> = all.iter().flat_map(mirror::wanted).collect();
+    wanted.retain(|wanted| only.is_none_or(|only| only == wanted.environment));
+    let missed = office.mirror(|mirror| mirror.look(&wanted)).unwrap_or_else(|error| {
+        office.around.progress.warn(format!("the tags of the registry were not looked at: {error:#}"));
+        Vec::new()
+    });
+    let tags: Vec<String> = missed.iter().map(|(tag, _)| tag.clone()).collect();
+    if let Some((_, why)) = missed.first() {
+        office.around.progress.note(format!("not looked at where these tags stand: `{}`: {why}", tags.join("`, `")));
+    }
+    tags
+}
+
 /// The registry's tags by environment. What a command that was killed, or met a registry that was away, left is done now.
-fn tags(office: &Office, loaded: &Loaded) -> Result<BTreeMap<String, Tag>> {
+fn tags(office: &Office, loaded: &Loaded, online: bool) -> Result<BTreeMap<String, Tag>> {
     let wanted = mirror::wanted(loaded);
     let store = &office.around.store;
     let mut known = mirror::known(store, &wanted)?;
-    if known.contains(&mirror::Known::Later) {
+    if online && known.contains(&mirror::Known::Later) {
         office.tags(&loaded.policy.pipeline, What::New);
         known = mirror::known(store, &wanted)?;
     }
@@ -352,19 +377,15 @@ pub fn diff(global: &Global, args: DiffArgs) -> Result<u8> {
         Ok(promotion::Pair::from(binding))
     };
     let (from, to) = (current(&one.environment)?, current(&other.environment)?);
-    let size = evidence::difference(&office.around.store, &from.release, &to.release).ok();
-    let differences = super::release::differences(&office.around, &from, &to)?;
-    let value = json!({"schema": 1, "from": from, "to": to, "difference": size.map(|size| json!({"bytes": size.bytes, "packages": size.packages})), "changes": differences});
+    let change = change::between(&office.around.store, Some(&from), &to, office.around.host.threads);
+    let value = json!({"schema": 1, "from": from, "to": to, "changes": change});
     ui::answer(global, &value, || {
         let mut text = format!("{}: {} → {}: {}\n", one.environment, from.version, other.environment, to.version);
         if from == to {
             return text + "the same release with the same configuration\n";
         }
-        for line in &differences {
+        for line in super::release::changed(&change, usize::MAX) {
             let _ = writeln!(text, "  {line}");
-        }
-        if let Some(size) = size {
-            let _ = writeln!(text, "  {} of blobs, {} packages", report::bytes(size.bytes), size.packages);
         }
         text
     })?;

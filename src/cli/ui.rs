@@ -8,6 +8,7 @@ use serde::Serialize;
 
 use super::Global;
 use super::progress::Shown;
+use super::report::plain;
 use crate::artifact::store::Store;
 use crate::build::Build;
 use crate::build::host::{CA_BUNDLES, Host, TRUSTED_VARIABLES};
@@ -34,13 +35,13 @@ pub fn fail(error: &anyhow::Error, json: bool) -> u8 {
     }
     let mut lines = causes.iter();
     if let Some(first) = lines.next() {
-        eprintln!("error: {first}");
+        eprintln!("error: {}", plain(first));
     }
     for cause in lines {
-        eprintln!("  caused by: {cause}");
+        eprintln!("  caused by: {}", plain(cause));
     }
     for hint in hints {
-        eprintln!("hint: {hint}");
+        eprintln!("hint: {}", plain(&hint));
     }
     code
 }
@@ -48,7 +49,7 @@ pub fn fail(error: &anyhow::Error, json: bool) -> u8 {
 /// Prints an answer: as JSON when asked, else as `text`.
 pub fn answer<T: Serialize>(global: &Global, value: &T, text: impl FnOnce() -> String) -> Result<()> {
     use std::io::Write as _;
-    let text = if global.json { serde_json::to_string_pretty(value)? + "\n" } else { text() };
+    let text = if global.json { serde_json::to_string_pretty(value)? + "\n" } else { plain(&text()).into_owned() };
     let mut stdout = std::io::stdout().lock();
     match stdout.write_all(text.as_bytes()).and_then(|()| stdout.flush()) {
         // The reader has seen enough, as with `| head`.

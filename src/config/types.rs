@@ -15,7 +15,7 @@ pub use host::{
 pub use host::{Units, User};
 pub use release::{
     Approve, Budget, Check, Command, Environment, Gate, Http, Ledger, Person, Provenance, Releases, Report, Sbom, SbomDeny,
-    Seconds, SecretRef, Signed, Upstream, VmTestFile, Window, Yes, role,
+    Script, Seconds, SecretRef, Signed, Upstream, VmTestFile, Window, Yes, role,
 };
 pub use rollout::{
     Ask, Docker, Local, OnFailure, REDIRECT, Redirect, RolloutCheck, RolloutSettings, Route, Target, VM_MEMORY, Vm, VmCommand,

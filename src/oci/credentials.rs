@@ -8,6 +8,7 @@ use std::collections::HashMap;
 use std::ffi::OsStr;
 use std::fmt;
 use std::path::{Path, PathBuf};
+use std::time::Duration;
 
 use anyhow::{Context as _, Result};
 use base64::Engine as _;
@@ -15,6 +16,9 @@ use serde::Deserialize;
 
 use crate::cmd::{self, Cmd};
 use crate::error::Problem;
+
+/// How long a helper may take: some ask a person, or a key ring that has to be opened first.
+const HELPER_LIMIT: Duration = Duration::from_secs(60);
 
 /// The key `docker login` uses for Docker Hub, and the name its helpers are asked for.
 const DOCKER_HUB_KEY: &str = "https://index.docker.io/v1/";
@@ -78,11 +82,12 @@ impl fmt::Debug for Given {
 }
 
 /// The credential files, and where helpers are looked for.
-#[derive(Debug, Clone, Default)]
+#[derive(Debug, Clone)]
 pub struct Credentials {
     files: Vec<PathBuf>,
     path: std::ffi::OsString,
     given: Option<Given>,
+    helper_limit: Duration,
 }
 
 /// Docker's `config.json` and podman's `auth.json`: the keys used here.
@@ -116,7 +121,7 @@ struct HelperAnswer {
 impl Credentials {
     /// `files` are asked in order; helpers are found on `path` (the value of `PATH`).
     pub fn new(files: Vec<PathBuf>, path: impl AsRef<OsStr>) -> Self {
-        Self { files, path: path.as_ref().to_owned(), given: None }
+        Self { files, path: path.as_ref().to_owned(), given: None, helper_limit: HELPER_LIMIT }
     }
 
     /// Goes before what the files say.
@@ -191,7 +196,10 @@ impl Credentials {
             return Err(Problem::failed(format!("`{program}` is not installed")).into());
         };
         let server = if key == "docker.io" { DOCKER_HUB_KEY } else { key };
-        let output = Cmd::new(found).arg("get").input(server.as_bytes()).output()?;
+        let Some(output) = Cmd::new(found).arg("get").input(server.as_bytes()).output_within(self.helper_limit)? else {
+            let seconds = self.helper_limit.as_secs();
+            return Err(Problem::failed(format!("`{program} get` did not end within {seconds} s")).into());
+        };
         if !output.status.success() {
             if String::from_utf8_lossy(&output.stdout).contains(HELPER_NOT_FOUND) {
                 return Ok(None);
@@ -428,6 +436,16 @@ mod tests {
         ] {
             assert_eq!(dir.find(&files, registry, "x").notes, [format!("{note}, {named}")], "{registry}");
         }
+        // One that never ends keeps nobody waiting for ever, nor from what is said elsewhere.
+        dir.helper("slow", "exec sleep 300");
+        let auths = format!(r#"{{"credHelpers":{{"f.io":"slow"}},"auths":{{"f.io":{{"auth":"{}"}}}}}}"#, auth("me", "3"));
+        let slow = dir.file("slow.json", &auths);
+        let limited =
+            Credentials { helper_limit: Duration::from_millis(50), ..Credentials::new(vec![slow.clone()], dir.0.path()) };
+        let found = limited.find("f.io", "x").unwrap();
+        assert_eq!(found.credential, password("me", "3"));
+        let note = "`docker-credential-slow get` did not end within 0 s";
+        assert_eq!(found.notes, [format!("{note}, which `{}` names for its credentials", slow.display())]);
     }
 
     #[test]

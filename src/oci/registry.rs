@@ -41,7 +41,7 @@ use self::connection::{Peer, Rights, Settings};
 pub use self::manifest::{Descriptor, Entry, Platform};
 use self::manifest::{Document, Image};
 use self::push::Shipment;
-pub use self::push::{Blobs, Pushed, TagSet};
+pub use self::push::{Blobs, Pushed, TagSet, WouldBeLost};
 pub use self::reference::{NotAReference, Reference};
 use self::session::{Act, Session};
 pub use self::source::Content;

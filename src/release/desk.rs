@@ -226,10 +226,14 @@ impl Desk<'_> {
 
     /// Everything that comes by itself to the environments below `environment` now.
     pub fn follow(&self, pipeline: &str, environment: &str) -> Result<Vec<Outcome>> {
+        self.follow_as(pipeline, environment, &Ask::default())
+    }
+
+    fn follow_as(&self, pipeline: &str, environment: &str, ask: &Ask<'_>) -> Result<Vec<Outcome>> {
         let mut outcomes = Vec::new();
         let loaded = self.load(pipeline)?;
         for (name, candidate) in promotion::automatic(loaded.view(), environment) {
-            if let Some(mut outcome) = self.one(pipeline, &name, &Action::Promote(candidate), &Ask::default(), true)? {
+            if let Some(mut outcome) = self.one(pipeline, &name, &Action::Promote(candidate), ask, true)? {
                 if outcome.commit.is_some() {
                     outcome.followed = self.follow(pipeline, &name)?;
                 }
@@ -239,12 +243,23 @@ impl Desk<'_> {
         Ok(outcomes)
     }
 
-    /// Everything that can come by itself in `pipeline` now: what waited for time to pass, above all.
-    pub fn automatic(&self, pipeline: &str) -> Result<Vec<Outcome>> {
+    /// Everything that can come by itself in `pipeline` now: what waited for time to pass, above all. With `dry_run` each
+    /// environment once, and not what would follow from it.
+    pub fn automatic(&self, pipeline: &str, dry_run: bool) -> Result<Vec<Outcome>> {
         self.sync(false)?;
-        let mut outcomes = Vec::new();
+        let ask = Ask { dry_run, ..Ask::default() };
+        let mut outcomes: Vec<Outcome> = Vec::new();
         for environment in self.load(pipeline)?.policy.environments.keys() {
-            outcomes.extend(self.follow(pipeline, environment)?);
+            let found = self.follow_as(pipeline, environment, &ask)?.into_iter();
+            // Nothing moved: it is found from above and from itself.
+            let is_known = |outcomes: &[Outcome], new: &Outcome| {
+                dry_run && outcomes.iter().any(|known| known.plan.environment == new.plan.environment)
+            };
+            for outcome in found {
+                if !is_known(&outcomes, &outcome) {
+                    outcomes.push(outcome);
+                }
+            }
         }
         Ok(outcomes)
     }
@@ -283,6 +298,17 @@ impl Desk<'_> {
             let has_target = loaded.policy.environments.get(environment).is_some_and(|policy| !policy.targets.is_empty());
             let changes = plan.decision.to.is_some();
             let allowed = plan.allowed;
+            if allowed && matches!(action, Action::Promote(_) | Action::Enter(_)) {
+                let release = plan.to.as_ref().map(|to| to.release);
+                match release.map_or(Ok(()), |release| self.evidence.whole(&release)) {
+                    Ok(()) => {}
+                    Err(error) if automatic => {
+                        self.progress.warn(format!("nothing comes to `{pipeline}/{environment}` by itself: {error:#}"));
+                        return Ok(None);
+                    }
+                    Err(error) => return Err(error),
+                }
+            }
             let decision = plan.decision.clone();
             outcome =
                 Some(Outcome { plan, commit: None, unserved: has_target && changes, unpublished: false, followed: Vec::new() });

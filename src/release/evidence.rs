@@ -1,20 +1,23 @@
 //! What gates are shown of a release: its signatures, provenance, bills of materials and reports in the store, and the world.
 
+use std::cell::RefCell;
 use std::collections::{BTreeMap, BTreeSet};
 use std::path::Path;
 
 use anyhow::{Context as _, Result, bail};
 
+use super::change;
 use super::gate::{self, Difference, Ended, Evidence, Package, ProvenanceSeen, ReportSeen, SignatureSeen, Tested};
 use crate::artifact::keys::PublicKey;
 use crate::artifact::referrer::{self, Kind as Attachment};
 use crate::artifact::sbom::{self, Inventory, licences};
 use crate::artifact::sign::{self, Verdict};
 use crate::artifact::store::Store;
-use crate::artifact::{provenance, release};
+use crate::artifact::{provenance, release, whole};
 use crate::config::types::{Command, Http, VmTestFile};
 use crate::error::Problem;
 use crate::oci::digest::Digest;
+use crate::progress::Progress;
 
 /// Boots the disk of a release and runs a test in it: digest of the disk's manifest, the test.
 pub type Boot<'a> = dyn Fn(&Digest, &VmTestFile) -> Result<Tested> + 'a;
@@ -27,6 +30,11 @@ pub struct FromStore<'a> {
     pub cwd: &'a Path,
     pub network: &'a gate::http::Network,
     pub boot: &'a Boot<'a>,
+    /// For reading packages out of layers.
+    pub threads: usize,
+    pub progress: &'a dyn Progress,
+    /// What was said already; begins empty.
+    pub told: RefCell<BTreeSet<String>>,
 }
 
 impl FromStore<'_> {
@@ -35,23 +43,45 @@ impl FromStore<'_> {
     }
 
     /// The release, and that every byte of it is what its digest says.
-    fn whole(&self, digest: &Digest) -> Result<release::Release> {
-        if let Some(wrong) = release::check(self.store, digest)?.into_iter().next() {
-            bail!(Problem::failed(wrong));
+    fn whole_release(&self, digest: &Digest) -> Result<release::Release> {
+        if let Some(wrong) = whole::check(self.store, digest)?.into_iter().next() {
+            bail!(Problem::failed(wrong).hint("build or pull it again; what is broken is replaced then"));
         }
         release::read(self.store, digest)
     }
 
+    /// The packages of a release by its own bytes. What is attached is not asked: whoever may push to the registry may have
+    /// written it.
     fn inventory(&self, digest: &Digest) -> Result<Inventory> {
-        sbom::of_release(self.store, digest)?.with_context(|| {
-            Problem::failed(format!("release {} has no list of packages for each of its artifacts", digest.short()))
-        })
+        self.whole_release(digest)?;
+        sbom::computed_of_release(self.store, digest, self.threads)
+            .with_context(|| Problem::failed(format!("cannot list the packages of release {}", digest.short())))
+    }
+
+    /// Says what was passed over among what is attached, once.
+    fn tell(&self, broken: Vec<String>) {
+        for text in broken {
+            if self.told.borrow_mut().insert(text.clone()) {
+                self.progress.warn(text);
+            }
+        }
     }
 }
 
 impl Evidence for FromStore<'_> {
+    fn whole(&self, release: &Digest) -> Result<()> {
+        // One that was never here is for its registry to be whole.
+        if !self.store.blob(release).exists() {
+            return Ok(());
+        }
+        self.whole_release(release)
+            .map(drop)
+            .with_context(|| Problem::failed(format!("release {release} is not whole in the store of this machine")))
+    }
+
     fn signatures(&self, release: &Digest, keys: &[String]) -> Result<Vec<SignatureSeen>> {
-        self.whole(release)?;
+        self.whole_release(release)?;
+        self.tell(referrer::look(self.store, release)?.1);
         let known = Self::keys(keys)?;
         let mut seen = Vec::new();
         for signature in sign::seen(self.store, release, &known)? {
@@ -71,7 +101,9 @@ impl Evidence for FromStore<'_> {
 
     fn provenance(&self, release: &Digest, keys: &[String]) -> Result<Vec<ProvenanceSeen>> {
         let known = Self::keys(keys)?;
-        let found = provenance::read(self.store, release, &known)?;
+        self.tell(referrer::look(self.store, release)?.1);
+        let (found, broken) = provenance::look(self.store, release, &known)?;
+        self.tell(broken);
         let key =
             |fingerprint: &_| known.iter().position(|key| key.fingerprint() == *fingerprint).map(|index| keys[index].clone());
         Ok(found
@@ -87,8 +119,13 @@ impl Evidence for FromStore<'_> {
     }
 
     fn sbom(&self, release: &Digest) -> Result<Vec<Package>> {
-        let packages = self.inventory(release)?.packages.into_iter();
+        let Inventory { packages, unread } = self.inventory(release)?;
+        if !unread.is_empty() {
+            let paths: Vec<String> = unread.iter().map(|path| format!("`{path}`")).collect();
+            bail!(Problem::failed(format!("the list is not complete: nothing here reads the packages of {}", paths.join(", "))));
+        }
         Ok(packages
+            .into_iter()
             .map(|package| Package {
                 kind: package.kind.to_string(),
                 name: package.name,
@@ -100,16 +137,19 @@ impl Evidence for FromStore<'_> {
 
     fn reports(&self, release: &Digest) -> Result<Vec<ReportSeen>> {
         let mut seen = Vec::new();
-        for attached in referrer::attached(self.store, release)? {
+        let (attached, broken) = referrer::look(self.store, release)?;
+        self.tell(broken);
+        for attached in attached {
+            let sequence = attached.sequence();
             let Attachment::Report(name) = attached.kind else { continue };
             let result = attached.manifest.annotations.get(referrer::REPORT_RESULT).cloned().unwrap_or_default();
-            seen.push(ReportSeen { name, result });
+            seen.push(ReportSeen { name, result, sequence });
         }
         Ok(seen)
     }
 
     fn difference(&self, from: &Digest, to: &Digest) -> Result<Difference> {
-        difference(self.store, from, to)
+        difference(self.store, from, to, self.threads)
     }
 
     fn run_command(&self, command: &Command, variables: &BTreeMap<String, String>) -> Result<Ended> {
@@ -121,28 +161,25 @@ impl Evidence for FromStore<'_> {
     }
 
     fn vm_test(&self, release: &Digest, test: &VmTestFile) -> Result<Tested> {
-        let release = self.whole(release)?;
+        let release = self.whole_release(release)?;
         let disk = release.entries.iter().find(|entry| entry.kind == release::Kind::Disk);
         let disk = disk.with_context(|| Problem::failed(format!("release {} has no disk to boot", release.version)))?;
         (self.boot)(&disk.digest, test)
     }
 }
 
-/// What `to` has that `from` does not: bytes of blobs, and packages added, removed or of another version.
+/// What `to` has that `from` does not: bytes of blobs, and packages added, removed or of another version, by their bytes.
 ///
 /// # Errors
-/// One of them is not in the store, or has no list of packages.
-pub fn difference(store: &Store, from: &Digest, to: &Digest) -> Result<Difference> {
-    let there: BTreeSet<Digest> = release::blobs(store, from)?.into_iter().map(|blob| blob.digest).collect();
-    let new = release::blobs(store, to)?;
-    let bytes = new.iter().filter(|blob| !there.contains(&blob.digest)).map(|blob| blob.size).sum();
-    let packages = |digest: &Digest| -> Result<BTreeMap<(String, String), String>> {
-        let inventory = sbom::of_release(store, digest)?
-            .with_context(|| Problem::failed(format!("release {} has no list of packages", digest.short())))?;
-        Ok(inventory.packages.into_iter().map(|package| ((package.kind.to_string(), package.name), package.version)).collect())
+/// One of them is not in the store.
+pub fn difference(store: &Store, from: &Digest, to: &Digest, threads: usize) -> Result<Difference> {
+    let bytes = change::bytes(store, Some(from), to)?;
+    let unread = RefCell::new(BTreeSet::new());
+    let computed = |digest: &Digest| {
+        let inventory = sbom::computed_of_release(store, digest, threads)?;
+        unread.borrow_mut().extend(inventory.unread.iter().cloned());
+        Ok(inventory)
     };
-    let (before, after) = (packages(from)?, packages(to)?);
-    let names: BTreeSet<_> = before.keys().chain(after.keys()).collect();
-    let packages = names.into_iter().filter(|name| before.get(*name) != after.get(*name)).count() as u64;
-    Ok(Difference { bytes, packages })
+    let packages = change::packages(&computed, Some(from), to)?.len() as u64;
+    Ok(Difference { bytes, packages, unread: unread.into_inner().into_iter().collect() })
 }

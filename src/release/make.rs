@@ -17,9 +17,6 @@ use crate::artifact::{image, sbom, sign};
 use crate::error::Problem;
 use crate::oci::digest::Digest;
 
-/// Letters of a version that can be a tag (distribution specification, "tag").
-const TAG_MAX: usize = 100;
-
 /// What a release is made of and what is said about it.
 #[expect(missing_debug_implementations, reason = "keys have none")]
 pub struct Wish<'a> {
@@ -57,7 +54,7 @@ pub struct Made {
 /// Nothing of that name was built; what refers to it cannot be written.
 pub fn make(store: &Store, wish: &Wish<'_>) -> Result<Made> {
     let name = wish.name;
-    check_version(wish.version)?;
+    release::check_version(wish.version)?;
     let mut entries = Vec::new();
     for (kind, tag) in [
         (Kind::Image, format!("{name}:latest")),
@@ -77,10 +74,13 @@ pub fn make(store: &Store, wish: &Wish<'_>) -> Result<Made> {
     let recipe = Recipe { name: name.to_owned(), version: wish.version.to_owned(), revision, entries };
     let descriptor = release::write(store, &recipe)?;
     let made = release::read(store, &descriptor.digest)?;
+    let mut listed = sbom::Inventory::default();
     for entry in &made.entries {
         let shown = entry_name(entry);
-        sbom::attach(store, &entry.descriptor(), &shown, &wish.builder.version, wish.threads)
-            .with_context(|| format!("cannot list the packages of `{shown}`"))?;
+        listed.add(
+            sbom::attach(store, &entry.descriptor(), &shown, &wish.builder.version, wish.threads)
+                .with_context(|| format!("cannot list the packages of `{shown}`"))?,
+        );
     }
     let subjects = [(format!("{name}.release"), made.digest)];
     let entries = made.entries.iter().map(|entry| (entry_name(entry), entry.digest));
@@ -103,7 +103,7 @@ pub fn make(store: &Store, wish: &Wish<'_>) -> Result<Made> {
     for tag in [wish.version, "latest"] {
         store.tag(&release::tag(name, tag), &made.descriptor())?;
     }
-    let packages = sbom::of_release(store, &made.digest)?.map_or(0, |inventory| inventory.packages.len());
+    let packages = listed.packages.len();
     Ok(Made { name: release::tag(name, wish.version), signed: wish.key.is_some(), packages, release: made })
 }
 
@@ -112,18 +112,6 @@ fn entry_name(entry: &Entry) -> String {
         Kind::Image => entry.name.clone(),
         kind => format!("{}.{kind}", entry.name),
     }
-}
-
-/// Versions are tags too.
-fn check_version(version: &str) -> Result<()> {
-    let good = |byte: u8| byte.is_ascii_alphanumeric() || b"._-".contains(&byte);
-    let starts = version.bytes().next().is_some_and(|byte| byte.is_ascii_alphanumeric());
-    if starts && version.len() <= TAG_MAX && version.bytes().all(good) && version != "latest" {
-        return Ok(());
-    }
-    Err(Problem::usage(format!("`{version}` is no version"))
-        .hint(format!("letters, digits, `.`, `_` and `-`, at most {TAG_MAX}, not `latest`"))
-        .into())
 }
 
 /// What the image in the store says of its source: the annotations that the build wrote.

@@ -6,11 +6,17 @@
 //! machine set nor the ledger ever made current since, somebody moved it by hand; it is told, and stays as it is until
 //! [`What::Retag`] is asked for. A registry that cannot be reached changes no decision: its tags are set later.
 //!
+//! [`Mirror::look`] only asks where tags stand that nothing is left to do for, each once a minute at most and all within
+//! [`LOOK_TIME`], so that `status` finds what was moved by hand since.
+//!
 //! Not seen: a tag somebody moved back to what the ledger made current after the last time this machine set it.
 
 use std::collections::BTreeMap;
 use std::io::ErrorKind;
 use std::path::PathBuf;
+use std::sync::mpsc::channel;
+use std::sync::{Arc, Mutex};
+use std::time::{Duration, Instant};
 
 use anyhow::{Context as _, Result};
 use jiff::Timestamp;
@@ -31,6 +37,10 @@ use crate::progress::Progress;
 const FORMAT: u32 = 1;
 /// Seconds in which a tag that could not be set is left alone by commands that only look: each attempt waits for retries.
 const AGAIN_AFTER: i64 = 60;
+/// How long a look at all tags may take: who asks for a status waits for it.
+pub const LOOK_TIME: Duration = Duration::from_secs(2);
+/// Tags asked for at once; one request each, which registries answer out of an index.
+const LOOKERS: usize = 8;
 
 /// What sets tags, with what.
 #[expect(missing_debug_implementations, reason = "a closure has none")]
@@ -138,6 +148,9 @@ struct Tag {
     /// When it could not be set.
     #[serde(default, skip_serializing_if = "Option::is_none")]
     failed: Option<Timestamp>,
+    /// When the registry was asked last where it stands, whatever it answered.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    asked: Option<Timestamp>,
 }
 
 impl Tag {
@@ -179,6 +192,7 @@ impl Memory {
             setting: None,
             moved: None,
             failed: None,
+            asked: None,
         })
     }
 
@@ -260,6 +274,58 @@ impl Mirror<'_> {
             told.push(Told { tag, pipeline, environment, release, version, became });
         }
         Ok(told)
+    }
+
+    /// Asks the registry where those of `wanted` stand that are set as far as is known and were not asked for in the last
+    /// minute, and remembers what somebody moved or took away. The tags that could not be looked at, each with the reason.
+    ///
+    /// # Errors
+    /// What is remembered of the tags cannot be read or written.
+    pub fn look(&self, wanted: &[Wanted]) -> Result<Vec<(String, String)>> {
+        let memory = Memory::load(self.store)?;
+        let is_due = |wanted: &&Wanted| {
+            let asked = memory.tags.get(&wanted.tag).and_then(|tag| tag.asked);
+            memory.known(wanted) != Known::Later
+                && asked.is_none_or(|asked| (self.now.as_second() - asked.as_second()).abs() >= AGAIN_AFTER)
+        };
+        let due: Vec<Wanted> = wanted.iter().filter(is_due).cloned().collect();
+        if due.is_empty() {
+            return Ok(Vec::new());
+        }
+        let answers = ask_all(&(self.registry)()?, due.iter().map(|wanted| wanted.tag.clone()).collect());
+        // Who sets tags now knows better where they stand.
+        let Some(_one) = Lock::try_now(&self.store.state("tags.lock"), Hold::Exclusive)? else { return Ok(Vec::new()) };
+        let mut memory = Memory::load(self.store)?;
+        let mut missed = Vec::new();
+        for wanted in &due {
+            if memory.known(wanted) == Known::Later {
+                continue;
+            }
+            let (now, was_moved) = (self.now, memory.known(wanted) == Known::Moved);
+            let tag = memory.entry(wanted);
+            tag.asked = Some(now);
+            match answers.get(&wanted.tag) {
+                Some(Ok(Some(there))) if *there == wanted.release => {
+                    *tag = Tag { set: wanted.history.first().copied(), moved: None, ..tag.clone() };
+                }
+                // Another machine set it, and did not get to the last decision: it is behind, and set again.
+                Some(Ok(Some(there))) if tag.is_ours(there, &wanted.history) => {
+                    *tag = Tag { set: None, moved: None, ..tag.clone() }
+                }
+                Some(Ok(Some(there))) => {
+                    tag.moved = Some(*there);
+                    if !was_moved {
+                        self.tell(wanted, true, &Became::Moved { to: *there });
+                    }
+                }
+                // Gone: it is set again, as one that never was.
+                Some(Ok(None)) => *tag = Tag { set: None, moved: None, ..tag.clone() },
+                Some(Err(why)) => missed.push((wanted.tag.clone(), why.clone())),
+                None => missed.push((wanted.tag.clone(), format!("no answer within {} s", LOOK_TIME.as_secs()))),
+            }
+        }
+        memory.write(self.store)?;
+        Ok(missed)
     }
 
     /// What the ledger wants now and is to be looked at.
@@ -402,6 +468,37 @@ impl Mirror<'_> {
     }
 }
 
+/// Where tags stand, as far as the registry said within [`LOOK_TIME`]. Requests that are not answered by then end with the
+/// program: they only read.
+fn ask_all(registry: &Registry, tags: Vec<String>) -> BTreeMap<String, Result<Option<Digest>, String>> {
+    let count = tags.len();
+    let queue = Arc::new(Mutex::new(tags));
+    let (sender, receiver) = channel();
+    for _ in 0..LOOKERS.min(count) {
+        let (registry, queue, sender) = (registry.clone(), Arc::clone(&queue), sender.clone());
+        std::thread::spawn(move || {
+            loop {
+                let next = queue.lock().ok().and_then(|mut queue| queue.pop());
+                let Some(tag) = next else { break };
+                let stands = tag.parse::<Reference>().map_err(Into::into).and_then(|reference| registry.digest(&reference));
+                if sender.send((tag, stands.map_err(|error| format!("{error:#}")))).is_err() {
+                    break;
+                }
+            }
+        });
+    }
+    drop(sender);
+    let end = Instant::now() + LOOK_TIME;
+    let mut answers = BTreeMap::new();
+    while answers.len() < count {
+        match receiver.recv_timeout(end.saturating_duration_since(Instant::now())) {
+            Ok((tag, answer)) => answers.insert(tag, answer),
+            Err(_) => break,
+        };
+    }
+    answers
+}
+
 #[cfg(test)]
 mod tests {
     use super::*;
@@ -434,7 +531,8 @@ mod tests {
             (Some(stamp("z", 0)), None, "a", true),
         ];
         for (set, setting, there, expected) in cases {
-            let tag = Tag { pipeline: "shop".into(), environment: "prod".into(), set, setting, moved: None, failed: None };
+            let tag =
+                Tag { pipeline: "shop".into(), environment: "prod".into(), set, setting, moved: None, failed: None, asked: None };
             assert_eq!(tag.is_ours(&Digest::of(there), &history), expected, "{set:?} {setting:?} {there}");
         }
     }

@@ -7,10 +7,12 @@
 //! mirror      registry tags that follow what is current
 //! ```
 //! Pure: [`policy`] (what was applied), [`state`] (one environment, and the one function that changes it), [`decision`],
-//! [`gate`] (questions as data), [`claims`] (what pipelines may not both have), [`promotion`] (what would happen) and [`message`]. [`ledger`] knows Git and nothing of
-//! states; [`evidence`] looks at the store and the world for the gates.
+//! [`gate`] (questions as data), [`claims`] (what pipelines may not both have), [`promotion`] (what would happen) and [`message`].
+//! [`ledger`] knows Git and nothing of states; [`evidence`] looks at the store and the world for the gates, [`change`] compares two
+//! releases in it.
 
 pub mod audit;
+pub mod change;
 pub mod claims;
 pub mod decision;
 pub mod desk;

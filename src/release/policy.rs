@@ -4,18 +4,20 @@
 //! only. Pure: files are read by a function that comes in.
 
 use std::collections::{BTreeMap, BTreeSet};
-use std::path::Path;
+use std::path::{Path, PathBuf};
 
 use anyhow::{Context as _, Result};
 use serde::{Deserialize, Serialize};
 use serde_json::Value;
 
 use super::decision::{Decision, Kind, Refused, Why};
-use crate::config::types::{Check, Environment, Person, Pipeline, role};
+use crate::config::types::{Check, Command, Environment, Person, Pipeline, role};
 use crate::error::{Problem, nearest};
 
 /// Version of the files of a ledger that are written here.
 pub const FORMAT: u32 = 1;
+/// Bytes of a program that a gate runs: it is in each version of the policy.
+const SCRIPT_MAX: usize = 1 << 20;
 /// What a public key in PEM begins with.
 const PEM: &str = "-----BEGIN PUBLIC KEY-----";
 
@@ -216,8 +218,39 @@ fn embed(check: &mut Check, read: &dyn Fn(&Path) -> Result<String>) -> Result<()
             test.file = path.file_name().unwrap_or_default().to_string_lossy().into_owned();
             Ok(())
         }
+        Check::Command(Command { script: Some(script), .. }) => {
+            let path = PathBuf::from(&script.file);
+            script.text = program(&path, read(&path))?;
+            script.file = path.file_name().unwrap_or_default().to_string_lossy().into_owned();
+            Ok(())
+        }
         _ => Ok(()),
     }
+}
+
+/// The text of a program that a gate runs: a script that says what runs it, small enough for the ledger.
+fn program(path: &Path, text: Result<String>) -> Result<String> {
+    let problem = |what: &str| {
+        Problem::usage(format!("`{}` {what}, and the ledger keeps the programs that gates run", path.display()))
+            .hint("a program of the machine that asks is named by its absolute path")
+    };
+    let text = text.map_err(|error| {
+        let is_binary = error.chain().any(|cause| {
+            cause.downcast_ref::<std::io::Error>().is_some_and(|error| error.kind() == std::io::ErrorKind::InvalidData)
+        });
+        if is_binary { problem("is no text").into() } else { error }
+    })?;
+    if text.contains('\0') {
+        return Err(problem("is no text").into());
+    }
+    if text.len() > SCRIPT_MAX {
+        return Err(problem(&format!("has more than {} MiB", SCRIPT_MAX >> 20)).into());
+    }
+    if !text.starts_with("#!") {
+        let problem = Problem::usage(format!("`{}` does not say what runs it", path.display()));
+        return Err(problem.hint("its first line names that, like `#!/bin/sh`").into());
+    }
+    Ok(text)
 }
 
 /// Something that differs between two policies.

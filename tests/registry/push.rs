@@ -9,7 +9,7 @@ use pipeline::artifact::store::{Descriptor, Store};
 use pipeline::cmd::Cmd;
 use pipeline::oci::digest::Digest;
 use pipeline::oci::registry::{Pushed, Reach, RegistryOptions};
-use pipeline::progress::Silent;
+use pipeline::progress::{Event, Progress, Silent};
 
 use super::faulty::{Asked, Fault, Faulty};
 use super::servers::{Layout, OCI_INDEX, OCI_MANIFEST, Server};
@@ -219,23 +219,117 @@ fn a_signature_that_only_one_side_has_is_not_lost() {
     let name = format!("sha256-{}.sig", Digest::of(&layout.manifest).hex());
     let theirs = artifact(&store, b"another signature", "application/vnd.dev.cosign", None);
     tag(&store, &name, OCI_MANIFEST, &theirs);
-    let error = push(&store, &layout.manifest, server.port, "app:1").unwrap_err();
-    let (code, message, hint) = told(&error);
-    assert_eq!(code, 1);
-    assert!(message.contains(&format!("`{name}`")) && message.contains("would be lost"), "{message}");
-    assert!(hint.contains("pull"), "{hint}");
     let client = registry(&RegistryOptions::default());
-    remote::pull(&store, &client, &reference(server.port, "app:1"), None, Reach::All, &Silent).unwrap();
-    // Theirs are added to ours, and then a push loses none.
+    let ours = client.digest(&reference(server.port, &format!("app:{name}"))).unwrap().unwrap();
+    // What the registry has is added to what the store has, and goes along.
+    push(&store, &layout.manifest, server.port, "app:1").unwrap();
     let both = store.read(&store.tagged(&name).unwrap().unwrap().digest).unwrap();
     let both: serde_json::Value = serde_json::from_slice(&both).unwrap();
     let layers = |manifest: &[u8]| {
         let manifest: serde_json::Value = serde_json::from_slice(manifest).unwrap();
         manifest["layers"].as_array().unwrap().clone()
     };
-    let ours = client.digest(&reference(server.port, &format!("app:{name}"))).unwrap().unwrap();
     assert_eq!(both["layers"].as_array().unwrap()[..], [layers(&theirs), layers(&store.read(&ours).unwrap())].concat());
+    let now = client.digest(&reference(server.port, &format!("app:{name}"))).unwrap();
+    assert_eq!(now, Some(store.tagged(&name).unwrap().unwrap().digest));
+    // Between two registries nobody puts them together, and nothing is lost either.
+    let other = Faulty::start(true, |_| None);
+    let theirs = self::store(&dir.path().join("theirs"));
+    for bytes in layout.layers.iter().chain([&layout.config, &layout.manifest]) {
+        theirs.put(bytes).unwrap();
+    }
+    let third = artifact(&theirs, b"a third signature", "application/vnd.dev.cosign", None);
+    tag(&theirs, &name, OCI_MANIFEST, &third);
+    push(&theirs, &layout.manifest, other.port, "app:1").unwrap();
+    let copied = client.copy(&reference(server.port, "app:1"), &reference(other.port, "app:1"), &Silent);
+    let (code, message, hint) = told(&copied.unwrap_err());
+    assert_eq!(code, 1);
+    assert!(message.contains(&format!("`{name}`")) && message.contains("would be lost"), "{message}");
+    assert!(hint.contains("pull"), "{hint}");
+}
+
+/// Whoever may push may attach anything: what is broken, gone or about something else keeps nothing else from coming.
+#[test]
+fn what_others_attached_wrongly_is_passed_over() {
+    let dir = tempfile::tempdir().unwrap();
+    let (store, layout, parts) = attached(dir.path());
+    let server = Faulty::start(true, |_| None);
     push(&store, &layout.manifest, server.port, "app:1").unwrap();
+    let image = Digest::of(&layout.manifest);
+    let listed = |bytes: &[u8]| {
+        let mut state = server.state.lock().unwrap();
+        state.manifests.insert(format!("app/{}", Digest::of(bytes)), (OCI_MANIFEST.into(), bytes.to_vec()));
+        Digest::of(bytes)
+    };
+    let other = listed(&artifact(&store, b"about another", SPDX, Some(b"another")));
+    let broken = listed(br#"{"schemaVersion":2,"config":[]}"#);
+    let sbom = Digest::of(&parts[1]);
+    let gone = Digest::of("gone");
+    let entries: Vec<serde_json::Value> = [other, broken, gone, sbom]
+        .iter()
+        .map(|digest| serde_json::json!({"mediaType": OCI_MANIFEST, "digest": digest, "size": 1}))
+        .collect();
+    let list = serde_json::json!({"schemaVersion": 2, "mediaType": OCI_INDEX, "manifests": entries}).to_string();
+    let list: &'static str = Box::leak(list.into_boxed_str());
+    let asked = format!("/referrers/{image}");
+    server.script(move |request: &Asked| request.is("GET", &asked).then_some(Fault::Answer(200, "", list)));
+    let told = Told::default();
+    let there = self::store(&dir.path().join("there"));
+    let client = registry(&RegistryOptions::default());
+    remote::pull(&there, &client, &reference(server.port, "app:1"), Some("app:1"), Reach::All, &told).unwrap();
+    assert_eq!(there.tagged(&format!("sha256-{}.sbom.spdx", image.hex())).unwrap().unwrap().digest, sbom);
+    let told = told.0.into_inner().unwrap();
+    assert_eq!(told.len(), 3, "{told:?}");
+    for (text, digest, why) in [
+        (&told[0], other, "and is about something else"),
+        (&told[1], broken, "was passed over"),
+        (&told[2], gone, "and is not there"),
+    ] {
+        assert!(text.contains(&digest.to_string()) && text.contains(why), "{text}");
+    }
+}
+
+/// A tag where the list of referrers should be, and an index among them whose parts are gone, stop nothing either.
+#[test]
+fn a_list_of_referrers_that_is_none_is_passed_over() {
+    let dir = tempfile::tempdir().unwrap();
+    let (store, layout, parts) = attached(dir.path());
+    for has_list in [false, true] {
+        let server = Faulty::start(has_list, |_| None);
+        push(&store, &layout.manifest, server.port, "app:1").unwrap();
+        let image = Digest::of(&layout.manifest);
+        let index = serde_json::json!({
+            "schemaVersion": 2, "mediaType": OCI_INDEX, "manifests": [descriptor(OCI_MANIFEST, b"gone")],
+            "subject": descriptor(OCI_MANIFEST, &layout.manifest),
+        });
+        let index = index.to_string().into_bytes();
+        let name = if has_list { Digest::of(&index).to_string() } else { format!("sha256-{}", image.hex()) };
+        let bytes = if has_list { index.clone() } else { layout.manifest.clone() };
+        let kind = if has_list { OCI_INDEX } else { OCI_MANIFEST };
+        server.state.lock().unwrap().manifests.insert(format!("app/{name}"), (kind.into(), bytes));
+        let there = self::store(&dir.path().join(format!("there-{has_list}")));
+        let told = Told::default();
+        let client = registry(&RegistryOptions::default());
+        remote::pull(&there, &client, &reference(server.port, "app:1"), Some("app:1"), Reach::All, &told).unwrap();
+        let signature = there.tagged(&format!("sha256-{}.sig", image.hex())).unwrap().unwrap();
+        assert_eq!(signature.digest, Digest::of(&parts[0]));
+        assert_eq!(there.tagged(&format!("sha256-{}.sbom.spdx", image.hex())).unwrap().is_some(), has_list);
+        let told = told.0.into_inner().unwrap();
+        let expected = if has_list { Digest::of(&index).to_string() } else { format!("the referrers of {image}") };
+        assert!(told.len() == 1 && told[0].contains(&expected) && told[0].contains("passed over"), "{told:?}");
+    }
+}
+
+/// Keeps warnings.
+#[derive(Default)]
+struct Told(std::sync::Mutex<Vec<String>>);
+
+impl Progress for Told {
+    fn event(&self, event: Event) {
+        if let Event::Warning { text } = event {
+            self.0.lock().unwrap().push(text);
+        }
+    }
 }
 
 #[test]
@@ -403,6 +497,21 @@ fn an_upload_that_was_cut_goes_on_where_the_registry_says() {
         assert_eq!(state.blobs[&Digest::of(&big)], big);
         // Nothing was received twice: the big one, and `{}`.
         assert_eq!(state.received, big.len() + 2);
+    }
+}
+
+/// A range beyond the blob's end is no reason to count below zero.
+#[test]
+fn an_upload_that_claims_too_much_fails() {
+    let dir = tempfile::tempdir().unwrap();
+    let (store, layout) = filled(dir.path());
+    let manifest = artifact(&store, &layout.layers[2].repeat(4), "text/x-big", None);
+    for range in ["range: 0-99999999999\r\n", "range: 0-18446744073709551615\r\n"] {
+        let headers: &'static str = Box::leak(format!("location: /v2/app/blobs/uploads/x\r\n{range}").into_boxed_str());
+        let server = Faulty::start(true, move |asked: &Asked| asked.is("PATCH", "").then_some(Fault::Answer(202, headers, "")));
+        let (code, message, _) = told(&push(&store, &manifest, server.port, "app:1").unwrap_err());
+        assert_eq!(code, 1);
+        assert!(message.contains("it says that it has ") && message.contains(" bytes of "), "{message}");
     }
 }
 

@@ -94,7 +94,7 @@ pub struct Package {
 }
 
 /// What is in an artifact.
-#[derive(Debug, Clone, Default, PartialEq, Eq, Serialize)]
+#[derive(Debug, Clone, Default, PartialEq, Eq, Serialize, Deserialize)]
 pub struct Inventory {
     /// Sorted, each package URL once.
     pub packages: Vec<Package>,
@@ -152,6 +152,45 @@ pub fn of_artifact(store: &Store, digest: &Digest, threads: usize) -> Result<Inv
     of_tree(&flatten(&blobs, &store.temp_dir(), threads)?)
 }
 
+/// What [`computed`] remembers of an artifact.
+#[derive(Serialize, Deserialize)]
+struct Computed {
+    /// The program that looked: another one may see more.
+    program: String,
+    inventory: Inventory,
+}
+
+/// The same, looked at once: a digest has the same packages each time. What is remembered is this machine's own and
+/// never what somebody attached; the bytes may be gone or broken since, see [`super::whole`].
+pub fn computed(store: &Store, digest: &Digest, threads: usize) -> Result<Inventory> {
+    let folder = store.cache("inventories");
+    let path = folder.join(format!("{}.json", digest.hex()));
+    let program = env!("PIPELINE_VERSION");
+    let known = fs_err::read(&path).ok().and_then(|bytes| serde_json::from_slice::<Computed>(&bytes).ok());
+    if let Some(known) = known.filter(|known| known.program == program) {
+        return Ok(known.inventory);
+    }
+    let inventory = of_artifact(store, digest, threads)?;
+    let computed = Computed { program: program.to_owned(), inventory };
+    // A cache that cannot be written costs the next one time, and nothing else.
+    let _ = fs_err::create_dir_all(&folder)
+        .map_err(anyhow::Error::from)
+        .and_then(|()| super::store::write_cache(&path, &serde_json::to_vec(&computed)?));
+    Ok(computed.inventory)
+}
+
+/// The packages in all artifacts of a release of the store, from their bytes.
+///
+/// # Errors
+/// One of them cannot be read.
+pub fn computed_of_release(store: &Store, digest: &Digest, threads: usize) -> Result<Inventory> {
+    let mut all = Inventory::default();
+    for entry in release::read(store, digest)?.entries {
+        all.add(computed(store, &entry.digest, threads)?);
+    }
+    Ok(all)
+}
+
 /// The image with the artifact's files.
 fn tree_of(store: &Store, digest: &Digest) -> Result<Digest> {
     Ok(disk::read(store, digest)?.map_or(*digest, |disk| disk.config.host))
@@ -171,6 +210,16 @@ pub fn subject(store: &Store, digest: &Digest, name: &str, tool_version: &str) -
 }
 
 impl Inventory {
+    /// Puts another artifact's packages to these.
+    pub fn add(&mut self, other: Self) {
+        self.packages.extend(other.packages);
+        self.unread.extend(other.unread);
+        self.packages.sort();
+        self.packages.dedup_by(|a, b| a.purl == b.purl);
+        self.unread.sort();
+        self.unread.dedup();
+    }
+
     /// SPDX 2.3 as JSON.
     pub fn spdx(&self, subject: &Subject) -> Result<Vec<u8>> {
         spdx::encode(self, subject)
@@ -184,7 +233,7 @@ impl Inventory {
 
 /// Attaches both documents to an artifact of the store, and tells what is in it. Undone by removing the tags.
 pub fn attach(store: &Store, artifact: &Descriptor, name: &str, tool_version: &str, threads: usize) -> Result<Inventory> {
-    let inventory = of_artifact(store, &artifact.digest, threads)?;
+    let inventory = computed(store, &artifact.digest, threads)?;
     let subject = subject(store, &artifact.digest, name, tool_version)?;
     let documents = [
         (Attachment::Spdx, SPDX_TYPE, inventory.spdx(&subject)?),
@@ -196,7 +245,8 @@ pub fn attach(store: &Store, artifact: &Descriptor, name: &str, tool_version: &s
     Ok(inventory)
 }
 
-/// The inventory that was attached to an artifact, from its newest SPDX document; `None` when there is none.
+/// The inventory that was attached to an artifact, from its newest SPDX document; `None` when there is none. Anybody may have
+/// written it: what decides looks at the bytes, see [`computed`].
 ///
 /// # Errors
 /// The document is broken or about another artifact.
@@ -207,18 +257,13 @@ pub fn read(store: &Store, digest: &Digest) -> Result<Option<Inventory>> {
     Ok(Some(inventory))
 }
 
-/// The inventory of all artifacts of a release; `None` when one of them has none attached.
+/// What was attached about all artifacts of a release (see [`read`]); `None` when one of them has nothing.
 pub fn of_release(store: &Store, digest: &Digest) -> Result<Option<Inventory>> {
     let mut all = Inventory::default();
     for entry in release::read(store, digest)?.entries {
         let Some(inventory) = read(store, &entry.digest)? else { return Ok(None) };
-        all.packages.extend(inventory.packages);
-        all.unread.extend(inventory.unread);
+        all.add(inventory);
     }
-    all.packages.sort();
-    all.packages.dedup_by(|a, b| a.purl == b.purl);
-    all.unread.sort();
-    all.unread.dedup();
     Ok(Some(all))
 }
 

@@ -278,6 +278,49 @@ fn changed(repository: &Repository, root: &Path, folder: &Path) -> Result<usize>
     Ok(statuses.iter().filter(counts).count())
 }
 
+/// Whether what is at `path`, a file or a folder, is as the commit that is checked out around it has it: nothing changed, gone or
+/// new. `ignored`: what Git ignores counts as new too, since it is used all the same. In no repository nothing is.
+///
+/// # Errors
+/// There is nothing at `path`, or Git cannot read its repository.
+pub fn is_committed(path: &Path, ignored: bool) -> Result<bool> {
+    let path = fs::canonicalize(path)?;
+    let is_folder = path.is_dir();
+    let folder = if is_folder { path.as_path() } else { path.parent().context("a file in a folder")? };
+    let Some(opened) = open(folder, None)? else { return Ok(false) };
+    let repository = &opened.repository;
+    if head(repository)?.is_none() {
+        return Ok(false);
+    }
+    let Some(top) = repository.workdir() else { return Ok(false) };
+    let Ok(inside) = path.strip_prefix(fs::canonicalize(top)?).map(Path::to_path_buf) else { return Ok(false) };
+    let mut options = StatusOptions::new();
+    options.include_untracked(true).recurse_untracked_dirs(true).disable_pathspec_match(true);
+    options.include_ignored(ignored).recurse_ignored_dirs(ignored);
+    if !inside.as_os_str().is_empty() {
+        options.pathspec(&inside);
+    }
+    let statuses = repository.statuses(Some(&mut options)).context("cannot compare the work tree with `HEAD`")?;
+    // A folder that is ignored as a whole is told by its own name, with a slash.
+    Ok(!statuses.iter().any(|entry| {
+        let told = as_path(entry.path_bytes());
+        told.starts_with(&inside) || inside.starts_with(told)
+    }))
+}
+
+/// What `git describe --dirty` adds `-dirty` for: whether any file that Git knows in the repository around `folder` is not as
+/// the commit has it; `true` in no repository and before the first commit.
+pub fn is_dirty(folder: &Path) -> Result<bool> {
+    let Some(opened) = open(&fs::canonicalize(folder)?, None)? else { return Ok(true) };
+    if head(&opened.repository)?.is_none() {
+        return Ok(true);
+    }
+    let mut options = StatusOptions::new();
+    options.include_untracked(false).include_ignored(false);
+    let statuses = opened.repository.statuses(Some(&mut options)).context("cannot compare the work tree with `HEAD`")?;
+    Ok(!statuses.is_empty())
+}
+
 /// A URL that may be shown and kept: over HTTP a user name can be a token, over SSH it is part of the address.
 pub fn without_credentials(url: &str) -> String {
     let Some((scheme, rest)) = url.split_once("://") else { return url.to_owned() };

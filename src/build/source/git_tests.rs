@@ -45,6 +45,43 @@ fn the_whole_state() {
 }
 
 #[test]
+fn what_is_used_is_committed_or_not() {
+    let none = tempfile::tempdir().unwrap();
+    fs::write(none.path().join("file"), "").unwrap();
+    assert!(!is_committed(&none.path().join("file"), true).unwrap() && is_dirty(none.path()).unwrap());
+    let repo = Repo::new();
+    repo.write("pipeline.yaml", "1");
+    let at = |path: &str| repo.path().join(path);
+    assert!(!is_committed(&at("pipeline.yaml"), true).unwrap() && is_dirty(&repo.path()).unwrap(), "no commit yet");
+    repo.write("builder/bin/assemble", "1");
+    repo.write(".gitignore", "*.tmp\n/secret\n");
+    repo.commit("all");
+    // What is written, and whether file, folder with and without what Git ignores, and all that Git knows are as committed.
+    let look = || {
+        [
+            is_committed(&at("pipeline.yaml"), true).unwrap(),
+            is_committed(&at("builder"), true).unwrap(),
+            is_committed(&at("builder"), false).unwrap(),
+            !is_dirty(&repo.path()).unwrap(),
+        ]
+    };
+    assert_eq!(look(), [true; 4]);
+    for (path, text, expected) in [
+        ("other", "new", [true, true, true, true]),
+        ("builder/bin/x.tmp", "ignored", [true, false, true, true]),
+        ("builder/bin/run", "new", [true, false, false, true]),
+        ("builder/bin/assemble", "2", [true, false, false, false]),
+        ("pipeline.yaml", "2", [false, false, false, false]),
+    ] {
+        repo.write(path, text);
+        assert_eq!(look(), expected, "{path}");
+    }
+    repo.write("secret/script", "in a folder that is ignored");
+    assert!(!is_committed(&at("secret/script"), true).unwrap());
+    assert!(is_committed(&at("nothing"), true).is_err());
+}
+
+#[test]
 fn the_last_commit_is_the_one_git_log_shows() {
     let repo = Repo::new();
     repo.write("app/a", "1");

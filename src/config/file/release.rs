@@ -216,12 +216,15 @@ pub struct Provenance {
     /// Repositories the source may come from; `*` at the end stands for anything. Default: any.
     #[serde(default)]
     pub sources: Vec<String>,
-    /// `true`: the source had no changes that were not committed.
+    /// `true`: nothing that was built from had changes that were not committed.
     #[serde(default)]
     pub clean: Option<bool>,
-    /// Public keys, one of which must have signed the provenance: PEM files, or the text of one. Default: it may be unsigned.
+    /// Public keys, one of which must have signed the provenance: PEM files relative to the pipeline file, or the text of one.
     #[serde(default)]
     pub keys: Vec<String>,
+    /// `true` instead of `keys`: nobody needs to have signed it, so that anybody who may push may have written it.
+    #[serde(default)]
+    pub unsigned: Option<bool>,
 }
 
 #[derive(Debug, Clone, Default, Deserialize, JsonSchema)]
@@ -249,7 +252,8 @@ pub struct SbomDeny {
 #[derive(Debug, Clone, Deserialize, JsonSchema)]
 #[serde(deny_unknown_fields)]
 pub struct Command {
-    /// The program and its arguments, or a text for `sh -c`; it starts in the folder `pipeline` was called in.
+    /// The program and its arguments, or a text for `sh -c`. A program named by a relative path with a `/` is a script beside the
+    /// pipeline file and goes into the ledger with it. It starts in an empty folder.
     pub run: OneOrMany,
     /// How long it may take, like `30s`. Default: 60s.
     #[serde(default)]

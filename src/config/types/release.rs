@@ -266,8 +266,11 @@ pub struct Provenance {
     pub builders: Vec<String>,
     pub sources: Vec<String>,
     pub clean: bool,
-    /// As in [`Signed::keys`].
+    /// As in [`Signed::keys`]. One of them must have signed.
     pub keys: Vec<String>,
+    /// Anybody may have written it. A policy that has neither this nor keys is older than the question.
+    #[serde(skip_serializing_if = "std::ops::Not::not")]
+    pub unsigned: bool,
 }
 
 /// What may be in a release.
@@ -293,6 +296,27 @@ pub struct Command {
     /// The program and its arguments, not empty.
     pub run: Vec<String>,
     pub timeout: Seconds,
+    /// The program itself, where `run` names it by a relative path with a slash; `None` in policies of before that was kept.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub script: Option<Script>,
+}
+
+impl Command {
+    /// Whether the program is a file beside the pipeline file, and not one of the machine that asks.
+    pub fn names_a_file(&self) -> bool {
+        self.run.first().is_some_and(|program| program.contains('/') && !program.starts_with('/'))
+    }
+}
+
+/// A program that is part of the policy.
+#[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
+#[serde(deny_unknown_fields)]
+pub struct Script {
+    /// In the pipeline file an absolute path; in the policy the file's name.
+    pub file: String,
+    /// The text of the file; empty until `environment apply` reads it.
+    #[serde(default)]
+    pub text: String,
 }
 
 /// An address to ask.

@@ -10,13 +10,17 @@ use serde::Serialize;
 use super::manifest::Descriptor;
 use super::referrers::{self, Referring};
 use super::session::{Session, in_parallel};
-use super::tree::{Item, Tree};
+use super::tree::{Budget, Item, Tree};
 use super::{BlobSink, Reference};
+use crate::error::exit_code;
 use crate::oci::digest::Digest;
 use crate::progress::Progress;
 
 /// A signature of an SBOM of an image is three deep.
 const REFERRERS_DEPTH: usize = 4;
+
+/// What may be otherwise the next time is no fault of what was attached.
+const TRANSIENT: u8 = 75;
 
 /// How much of an index is wanted.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
@@ -83,12 +87,18 @@ impl Complete {
         known: &dyn Fn(&Digest) -> Option<Vec<u8>>,
         progress: &dyn Progress,
     ) -> Result<Self> {
+        let budget = Budget::default();
         let (bytes, pinned) = session.document(reference)?;
+        budget.take(bytes.len())?;
         let odd = |error: anyhow::Error| anyhow::Error::from(session.odd(reference, &format!("{error:#}")));
         let mut root = Item::parse(pinned, bytes).map_err(odd)?;
-        let mut read = |digest: &Digest| match known(digest) {
-            Some(bytes) => Ok(bytes),
-            None => session.document(&reference.at(*digest)).map(|(bytes, _)| bytes),
+        let mut read = |digest: &Digest| {
+            let bytes = match known(digest) {
+                Some(bytes) => bytes,
+                None => session.document(&reference.at(*digest))?.0,
+            };
+            budget.take(bytes.len())?;
+            Ok(bytes)
         };
         let mut left_out = 0;
         if reach == Reach::Machine
@@ -101,7 +111,7 @@ impl Complete {
         }
         let mut complete = Self { pinned, root: root.digest, left_out, tree: Tree::default(), attached: Vec::new() };
         complete.tree.add(root, &mut read)?;
-        complete.attached(session, &mut read, progress)?;
+        complete.attached(session, &mut read, &budget, progress)?;
         Ok(complete)
     }
 
@@ -110,6 +120,7 @@ impl Complete {
         &mut self,
         session: &Session,
         read: &mut dyn FnMut(&Digest) -> Result<Vec<u8>>,
+        budget: &Budget,
         progress: &dyn Progress,
     ) -> Result<()> {
         let api = AtomicBool::new(true);
@@ -120,21 +131,24 @@ impl Complete {
             let new: Vec<Digest> = new.collect();
             let found = Mutex::new((Vec::new(), Vec::new()));
             in_parallel(&new, &|| session.another(), &AtomicBool::new(false), &|mut connection, subject| {
-                let (referring, gone) = referrers::find(session, &mut connection, subject, &api, depth == 0)?;
+                let asked = referrers::Asked { subject, api: &api, budget, with_tags: depth == 0 };
+                let (referring, passed_over) = referrers::find(session, &mut connection, asked)?;
                 let mut found = found.lock().unwrap_or_else(PoisonError::into_inner);
                 found.0.extend(referring);
-                found.1.extend(gone);
+                found.1.extend(passed_over);
                 Ok(connection)
             })?;
-            let (mut referring, gone) = found.into_inner().unwrap_or_else(PoisonError::into_inner);
-            for digest in gone {
-                progress.warn(format!("`{digest}` is listed as a referrer in `{}` and is not there", session.peer.repository));
-            }
+            let (mut referring, passed_over) = found.into_inner().unwrap_or_else(PoisonError::into_inner);
+            passed_over.into_iter().for_each(|text| progress.warn(text));
             // Threads end in any order.
             referring.sort_by(|a, b| (a.subject, &a.tag, a.item.digest).cmp(&(b.subject, &b.tag, b.item.digest)));
             for referring in referring {
-                self.attached.push(Attached::new(&referring));
-                self.tree.add(referring.item, read)?;
+                let attached = Attached::new(&referring);
+                match self.tree.add(referring.item, read) {
+                    Ok(()) => self.attached.push(attached),
+                    Err(error) if exit_code(&error) == TRANSIENT => return Err(error),
+                    Err(error) => progress.warn(format!("`{}` was passed over: {error:#}", attached.manifest.digest)),
+                }
             }
         }
         Ok(())

@@ -128,8 +128,17 @@ impl Settings {
 
     /// A client without a limit for silence: a long upload is one, [`in_time`] and the upload know better.
     fn http(&self, way: Way) -> Result<reqwest::Client, Trouble> {
+        self.http_with(way, reqwest::redirect::Policy::default())
+    }
+
+    /// The same, following no redirect.
+    fn direct(&self, way: Way) -> Result<reqwest::Client, Trouble> {
+        self.http_with(way, reqwest::redirect::Policy::none())
+    }
+
+    fn http_with(&self, way: Way, redirects: reqwest::redirect::Policy) -> Result<reqwest::Client, Trouble> {
         let (https, http, around) = self.proxies();
-        let mut builder = reqwest::Client::builder().user_agent(USER_AGENT).connect_timeout(CONNECT_TIMEOUT);
+        let mut builder = reqwest::Client::builder().user_agent(USER_AGENT).connect_timeout(CONNECT_TIMEOUT).redirect(redirects);
         for (proxy, make) in [(https, reqwest::Proxy::https as fn(String) -> _), (http, reqwest::Proxy::http)] {
             if let Some(proxy) = proxy {
                 builder = builder.proxy(make(proxy)?.no_proxy(reqwest::NoProxy::from_string(&around)));
@@ -168,7 +177,8 @@ impl Settings {
             // A TLS server's answer to plain HTTP.
             return Err(Trouble::Other("it does not speak plain HTTP".into()));
         }
-        let ask = token::Ask { http: &http, way, scopes: &peer.scopes(), credential: &peer.found.credential };
+        let direct = || self.direct(way);
+        let ask = token::Ask { http: &http, direct: &direct, way, scopes: &peer.scopes(), credential: &peer.found.credential };
         let auth = ask.answer(&challenges).await?;
         Ok((http, Access { way, challenges, auth }))
     }
@@ -265,7 +275,10 @@ impl Connection {
         let Trouble::Status { code: 401, said, .. } = trouble else { return false };
         let challenges = if said.challenges.is_empty() { &self.access.challenges } else { &said.challenges };
         let scopes = self.peer.scopes();
-        let ask = token::Ask { http: &self.http, way: self.access.way, scopes: &scopes, credential: &self.peer.found.credential };
+        let way = self.access.way;
+        let direct = || self.settings.direct(way);
+        let credential = &self.peer.found.credential;
+        let ask = token::Ask { http: &self.http, direct: &direct, way, scopes: &scopes, credential };
         match self.runtime.block_on(ask.answer(challenges)) {
             Ok(auth) if auth != self.access.auth => {
                 self.access.auth = auth;

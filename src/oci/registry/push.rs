@@ -10,6 +10,7 @@ use std::sync::{Arc, Mutex, PoisonError};
 
 use anyhow::Result;
 use serde::Serialize;
+use serde_json::Value;
 
 use super::BlobSource;
 use super::complete::Attached;
@@ -22,6 +23,9 @@ use super::trouble::Trouble;
 use super::upload::{Arrived, Failure, Sending};
 use crate::error::Problem;
 use crate::oci::digest::Digest;
+
+/// Annotation of a payload in which cosign keeps its signature (cosign, "Signature Specification").
+const SIGNATURE: &str = "dev.cosignproject.cosign/signature";
 
 /// What a push did.
 #[derive(Debug, Clone, PartialEq, Eq, Serialize)]
@@ -175,22 +179,34 @@ fn refused(problem: Problem, trouble: &Trouble, media_type: &str) -> Problem {
 /// Cosign keeps all signatures of a manifest under one tag: others may have put theirs there.
 fn nothing_lost(session: &Session, to: &Reference, item: &Item, tag: &str) -> Result<()> {
     let there = match session.call(async |wire| wire.document(tag).await) {
-        Ok((bytes, _)) => Item::parse(item.digest, bytes)?,
+        Ok((bytes, _)) => bytes,
         Err(trouble) if trouble.status() == Some(404) => return Ok(()),
         Err(trouble) => return Err(session.teller.problem(&to.with_tag(tag)?.to_string(), &trouble).into()),
     };
-    // The configuration is the first; it lists the others.
-    let layers = |item: &Item| -> Vec<Digest> { item.document.names.blobs.iter().skip(1).map(|blob| blob.digest).collect() };
-    let ours = layers(item);
-    if layers(&there).iter().all(|layer| ours.contains(layer)) {
+    let ours = signatures(&item.bytes);
+    if signatures(&there).iter().all(|signature| ours.contains(signature)) {
         return Ok(());
     }
     let registry = &session.peer.registry;
-    Err(Problem::failed(format!(
+    let problem = Problem::failed(format!(
         "`{tag}` in registry `{registry}` holds signatures that the one to be pushed does not, and they would be lost"
-    ))
-    .hint("pull the artifact: that adds them to those of the store; then push")
-    .into())
+    ));
+    let problem = problem.hint("pull the artifact: that adds them to those of the store; then push");
+    Err(anyhow::Error::new(WouldBeLost { tag: tag.to_owned() }).context(problem))
+}
+
+/// What a push would take away from a tag that holds the signatures of several people.
+#[derive(Debug, thiserror::Error)]
+#[error("the tag `{tag}` holds more than is to be pushed")]
+pub struct WouldBeLost {
+    pub tag: String,
+}
+
+/// Payload and signature of each layer: two keys over one reference sign the same bytes.
+fn signatures(manifest: &[u8]) -> Vec<(Value, Value)> {
+    let manifest: Value = serde_json::from_slice(manifest).unwrap_or_default();
+    let layers = manifest["layers"].as_array().into_iter().flatten();
+    layers.map(|layer| (layer["digest"].clone(), layer["annotations"][SIGNATURE].clone())).collect()
 }
 
 /// Points `tag` at `item`, which is in the repository, and reads it back.

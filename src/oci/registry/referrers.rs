@@ -12,10 +12,9 @@ use serde_json::{Value, json};
 use super::connection::Connection;
 use super::manifest::{Document, Entry, OCI_INDEX};
 use super::session::Session;
-use super::tree::Item;
+use super::tree::{Budget, Item};
 use super::trouble::Trouble;
 use super::wire::Wire;
-use crate::error::Problem;
 use crate::oci::digest::Digest;
 
 /// What cosign writes beside a manifest: signatures, attestations, SBOMs.
@@ -107,37 +106,66 @@ pub(super) struct Referring {
     pub tag: Option<String>,
 }
 
-/// What refers to `subject`, each as it stands in the registry. One that is listed and gone is
-/// answered by its digest in the second list.
-pub(super) fn find(
-    session: &Session,
-    connection: &mut Connection,
-    subject: &Digest,
-    api: &AtomicBool,
-    with_tags: bool,
-) -> Result<(Vec<Referring>, Vec<Digest>)> {
-    let (mut found, mut gone) = (Vec::new(), Vec::new());
+/// Whose referrers are wanted.
+pub(super) struct Asked<'a> {
+    pub subject: &'a Digest,
+    /// Cleared when the registry has no list of them.
+    pub api: &'a AtomicBool,
+    pub budget: &'a Budget,
+    /// Whether cosign's tags are looked at too.
+    pub with_tags: bool,
+}
+
+/// What refers to a manifest, each as it stands in the registry; and what was passed over, in words: anybody who may push may
+/// attach, and what is gone, broken or about something else keeps nothing else from coming.
+pub(super) fn find(session: &Session, connection: &mut Connection, asked: Asked<'_>) -> Result<(Vec<Referring>, Vec<String>)> {
+    let Asked { subject, api, budget, with_tags } = asked;
+    let (mut found, mut passed_over) = (Vec::new(), Vec::new());
+    let repository = &session.peer.repository;
     let tell = |what: &str, trouble: &Trouble| -> anyhow::Error { session.teller.problem(what, trouble).into() };
-    let entries = connection
-        .call(async |wire| list(&wire, subject, api).await)
-        .map_err(|trouble| tell(&format!("the referrers of {subject}"), &trouble))?;
-    for entry in entries {
-        let name = entry.descriptor.digest.to_string();
-        match connection.call(async |wire| wire.document(&name).await) {
-            Ok((bytes, digest)) => found.push(Referring { item: Item::parse(digest, bytes)?, subject: *subject, tag: None }),
-            Err(trouble) if trouble.status() == Some(404) => gone.push(entry.descriptor.digest),
-            Err(trouble) => return Err(tell(&name, &trouble)),
+    let entries = match connection.call(async |wire| list(&wire, subject, api).await) {
+        Ok(entries) => entries,
+        Err(trouble) if is_nonsense(&trouble) => {
+            passed_over.push(format!("the referrers of {subject} in `{repository}` were passed over: {trouble}"));
+            Vec::new()
         }
-    }
-    for tag in if with_tags { cosign_tags(subject) } else { Vec::new() } {
-        match connection.call(async |wire| wire.document(&tag).await) {
-            Ok((bytes, digest)) => {
-                let item = Item::parse(digest, bytes).map_err(|error| error.context(Problem::failed(format!("tag `{tag}`"))))?;
-                found.push(Referring { item, subject: *subject, tag: Some(tag) });
+        Err(trouble) => return Err(tell(&format!("the referrers of {subject}"), &trouble)),
+    };
+    let names = entries.iter().map(|entry| (entry.descriptor.digest.to_string(), None));
+    let tags = if with_tags { cosign_tags(subject) } else { Vec::new() };
+    for (name, tag) in names.chain(tags.into_iter().map(|tag| (tag.clone(), Some(tag)))) {
+        let (bytes, digest) = match connection.call(async |wire| wire.document(&name).await) {
+            Ok(document) => document,
+            Err(trouble) if trouble.status() == Some(404) => {
+                if tag.is_none() {
+                    passed_over.push(format!("`{name}` is listed as a referrer in `{repository}` and is not there"));
+                }
+                continue;
             }
-            Err(trouble) if trouble.status() == Some(404) => {}
-            Err(trouble) => return Err(tell(&tag, &trouble)),
+            Err(trouble) if is_nonsense(&trouble) => {
+                passed_over.push(format!("`{name}` in `{repository}` was passed over: {trouble}"));
+                continue;
+            }
+            Err(trouble) => return Err(tell(&name, &trouble)),
+        };
+        if let Err(error) = budget.take(bytes.len()) {
+            passed_over.push(format!("`{name}` and what comes after it in `{repository}` were passed over: {error:#}"));
+            break;
+        }
+        match Item::parse(digest, bytes) {
+            Ok(item) if tag.is_none() && item.document.subject.as_ref().is_none_or(|named| named.digest != *subject) => {
+                passed_over.push(format!(
+                    "`{name}` is listed as a referrer of {subject} in `{repository}`, and is about something else"
+                ));
+            }
+            Ok(item) => found.push(Referring { item, subject: *subject, tag }),
+            Err(error) => passed_over.push(format!("`{name}` in `{repository}` was passed over: {error:#}")),
         }
     }
-    Ok((found, gone))
+    Ok((found, passed_over))
+}
+
+/// Whether a registry answered, and what it said is of no use: somebody may have put it there.
+fn is_nonsense(trouble: &Trouble) -> bool {
+    trouble.is_wrong() || matches!(trouble, Trouble::Other(_))
 }

@@ -5,6 +5,7 @@ use std::fmt;
 
 use super::connection::{Way, in_time, retrying};
 use super::trouble::Trouble;
+use super::wire::body;
 use crate::oci::credentials::Credential;
 
 /// A name for the token service's log.
@@ -28,8 +29,13 @@ impl fmt::Debug for Auth {
     }
 }
 
+/// Bytes of an answer: a token has some kilobytes.
+const ANSWER_LIMIT: usize = 1 << 20;
+
 pub(super) struct Ask<'a> {
     pub http: &'a reqwest::Client,
+    /// Makes a client that follows no redirect: another server is not shown what this one was.
+    pub direct: &'a (dyn Fn() -> Result<reqwest::Client, Trouble> + Sync),
     pub way: Way,
     /// `repository:NAME:ACTION[,ACTION]` each.
     pub scopes: &'a [String],
@@ -74,6 +80,7 @@ impl Ask<'_> {
         if *self.credential != Credential::Anonymous && !self.way.plain && !realm.to_ascii_lowercase().starts_with("https://") {
             return Err(Trouble::Other("it wants the credentials sent to a token service without TLS".into()));
         }
+        let client = if *self.credential == Credential::Anonymous { self.http.clone() } else { (self.direct)()? };
         // One parameter in a form, several in a query (distribution specification, "OAuth2 Token Authentication").
         let joined = self.scopes.join(" ");
         let mut parameters: Vec<(&str, &str)> = Vec::new();
@@ -82,11 +89,11 @@ impl Ask<'_> {
             Credential::Identity(token) => {
                 parameters.push(("scope", &joined));
                 parameters.extend([("grant_type", "refresh_token"), ("client_id", CLIENT_ID), ("refresh_token", token)]);
-                self.http.post(realm).form(&parameters)
+                client.post(realm).form(&parameters)
             }
             _ => {
                 parameters.extend(self.scopes.iter().map(|scope| ("scope", scope.as_str())));
-                let request = self.http.get(realm).query(&parameters);
+                let request = client.get(realm).query(&parameters);
                 match self.credential {
                     Credential::Password { user, password } => request.basic_auth(user, Some(password)),
                     _ => request,
@@ -95,6 +102,11 @@ impl Ask<'_> {
         };
         let response = in_time(request.send()).await?;
         let status = response.status();
+        if status.is_redirection() {
+            return Err(Trouble::Other(
+                "its token service sends the credentials on to another address, where they do not go".into(),
+            ));
+        }
         // A refresh token that is no longer good is a 400 (RFC 6749, section 5.2).
         let refused = status.as_u16() == 400 && matches!(self.credential, Credential::Identity(_));
         if !status.is_success() {
@@ -104,8 +116,7 @@ impl Ask<'_> {
             }
             return Err(trouble);
         }
-        let body = in_time(response.text()).await?;
-        let answer: serde_json::Value = serde_json::from_str(&body).unwrap_or_default();
+        let answer: serde_json::Value = serde_json::from_slice(&body(response, ANSWER_LIMIT).await?).unwrap_or_default();
         let token = ["token", "access_token"].iter().find_map(|key| answer[key].as_str()).filter(|token| !token.is_empty());
         token.map(str::to_owned).ok_or_else(|| Trouble::Other("its token service answered without a token".into()))
     }

@@ -2,6 +2,7 @@
 //! documents, children before what names them.
 
 use std::collections::BTreeSet;
+use std::sync::atomic::{AtomicUsize, Ordering};
 
 use anyhow::Result;
 
@@ -12,6 +13,43 @@ use crate::oci::digest::Digest;
 
 /// Indexes in indexes: a release that names multi-platform images has two.
 const DEPTH: usize = 8;
+
+/// Manifests and indexes of one transfer: a release has tens, an index of everything a team ever built some hundreds.
+pub(super) const DOCUMENTS: usize = 10_000;
+/// Bytes of them all together, since they are kept in memory.
+const DOCUMENT_BYTES: usize = 128 << 20;
+
+/// How many documents, and how long ones, a transfer may still read from a registry. Shared by threads.
+#[derive(Debug)]
+pub(super) struct Budget {
+    documents: AtomicUsize,
+    bytes: AtomicUsize,
+}
+
+impl Default for Budget {
+    fn default() -> Self {
+        Self { documents: AtomicUsize::new(DOCUMENTS), bytes: AtomicUsize::new(DOCUMENT_BYTES) }
+    }
+}
+
+impl Budget {
+    /// # Errors
+    /// Too many, or too long.
+    pub(super) fn take(&self, bytes: usize) -> Result<()> {
+        let take = |left: &AtomicUsize, many: usize| {
+            left.fetch_update(Ordering::Relaxed, Ordering::Relaxed, |left| left.checked_sub(many)).is_ok()
+        };
+        if take(&self.documents, 1) && take(&self.bytes, bytes) {
+            return Ok(());
+        }
+        let most = DOCUMENT_BYTES >> 20;
+        Err(Problem::failed(format!(
+            "the registry names more than {DOCUMENTS} manifests, or {most} MiB of them, for one artifact"
+        ))
+        .hint("nothing that this program makes is that large; look at what is attached to it there")
+        .into())
+    }
+}
 
 /// A manifest or index, byte for byte.
 #[derive(Debug, Clone)]
@@ -82,6 +120,17 @@ mod tests {
     use std::collections::BTreeMap;
 
     use super::*;
+
+    #[test]
+    fn documents_are_counted_and_measured() {
+        let budget = Budget::default();
+        (0..DOCUMENTS).for_each(|_| budget.take(1).unwrap());
+        let error = budget.take(1).unwrap_err().to_string();
+        assert_eq!(error, "the registry names more than 10000 manifests, or 128 MiB of them, for one artifact");
+        let budget = Budget::default();
+        (0..8).for_each(|_| budget.take(16 << 20).unwrap());
+        assert!(budget.take(1).is_err());
+    }
 
     #[test]
     fn children_come_before_parents_and_everything_once() {

@@ -160,7 +160,9 @@ impl Sending<'_> {
             }
         }
         while let Some(at) = upload.clone() {
-            let left = self.blob.size - at.offset;
+            let Some(left) = self.blob.size.checked_sub(at.offset) else {
+                return Err(Trouble::Other(format!("it says that it has {} bytes of {}", at.offset, self.blob.size)).into());
+            };
             let limit = self.part_limit.unwrap_or(u64::MAX).max(1);
             // The last request carries bytes when there are few; else it only ends the upload.
             let last = left == 0 || left <= limit.min(ONE_REQUEST_BYTES);

@@ -10,6 +10,7 @@ use reqwest::{Method, RequestBuilder, Response, Url};
 use super::connection::{Way, in_time};
 use super::manifest::{self, Document, Entry};
 use super::token::Auth;
+use super::tree::DOCUMENTS;
 use super::trouble::Trouble;
 use crate::oci::digest::Digest;
 
@@ -192,7 +193,7 @@ impl Wire<'_> {
         let response = good(response).await?;
         let url = self.location(&response, &before.url)?;
         // `0-N`, N included; without it all was taken.
-        let offset = range_end(response.headers()).unwrap_or(before.offset + length);
+        let offset = range_end(response.headers()).unwrap_or(before.offset.saturating_add(length));
         Ok(Upload { url, offset })
     }
 
@@ -232,6 +233,9 @@ impl Wire<'_> {
             }
             let response = good(response).await?;
             next = next_page(response.headers(), &url);
+            if found.len() > DOCUMENTS {
+                return Err(Trouble::Other(format!("it lists more than {DOCUMENTS} referrers of {digest}")));
+            }
             // A server that answers every path with its start page has no list either.
             match Document::parse(&body(response, DOCUMENT_LIMIT).await?) {
                 Ok(document) if document.is_index() => found.extend(document.names.manifests),
@@ -265,13 +269,13 @@ pub(super) async fn good(response: Response) -> Result<Response, Trouble> {
     if response.status().is_success() { Ok(response) } else { Err(Trouble::from_response(response).await) }
 }
 
-async fn body(response: Response, limit: usize) -> Result<Vec<u8>, Trouble> {
+pub(super) async fn body(response: Response, limit: usize) -> Result<Vec<u8>, Trouble> {
     let mut bytes = Vec::new();
     let mut stream = response.bytes_stream();
     while let Some(chunk) = in_time(async { stream.next().await.transpose() }).await? {
         bytes.extend_from_slice(&chunk);
         if bytes.len() > limit {
-            return Err(Trouble::Other(format!("its answer has more than {limit} bytes, which no manifest needs")));
+            return Err(Trouble::Other(format!("its answer has more than {limit} bytes, which nobody needs")));
         }
     }
     Ok(bytes)
@@ -289,7 +293,7 @@ fn content_digest(headers: &HeaderMap) -> Option<Digest> {
 /// Bytes that are there by `Range: 0-N`; Docker's registry says `0-0` for none and for one.
 fn range_end(headers: &HeaderMap) -> Option<u64> {
     let last: u64 = text(headers, &RANGE)?.trim_start_matches("bytes=").rsplit_once('-')?.1.trim().parse().ok()?;
-    Some(if last == 0 { 0 } else { last + 1 })
+    Some(if last == 0 { 0 } else { last.saturating_add(1) })
 }
 
 /// `Link: </v2/…>; rel="next"` (RFC 8288).

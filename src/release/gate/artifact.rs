@@ -26,6 +26,11 @@ pub(super) fn signed(wanted: &Signed, release: &Digest, evidence: &dyn Evidence)
 
 /// A provenance fulfils everything that is asked.
 pub(super) fn provenance(wanted: &Provenance, release: &Digest, evidence: &dyn Evidence) -> Answer {
+    // Only a policy of before this was asked for has neither.
+    if wanted.keys.is_empty() && !wanted.unsigned {
+        let why = "the gate names no `keys`, so anybody may have written a provenance; it needs them, or `unsigned: true`";
+        return unknown(&anyhow::anyhow!(why));
+    }
     let seen = match evidence.provenance(release, &wanted.keys) {
         Ok(seen) => seen,
         Err(error) => return unknown(&error),
@@ -98,6 +103,9 @@ pub(super) fn budget(budget: &Budget, from: Option<Digest>, to: &Digest, evidenc
     if let Some(size) = budget.size.filter(|size| seen.bytes > *size) {
         return deny(format!("{} bytes are new, and {size} may be", seen.bytes));
     }
+    if budget.packages.is_some() && !seen.unread.is_empty() {
+        return unknown(&anyhow::anyhow!("nothing here reads the packages of `{}`", seen.unread.join("`, `")));
+    }
     if let Some(packages) = budget.packages.filter(|packages| seen.packages > *packages) {
         return deny(format!("{} packages changed, and {packages} may", seen.packages));
     }
@@ -110,7 +118,21 @@ pub(super) fn report(wanted: &Report, release: &Digest, evidence: &dyn Evidence)
         Ok(seen) => seen,
         Err(error) => return unknown(&error),
     };
-    match seen.iter().rev().find(|report| report.name == wanted.name) {
+    let named: Vec<_> = seen.iter().filter(|report| report.name == wanted.name).collect();
+    let highest = named.iter().filter_map(|report| report.sequence).max();
+    // One without a number may be older or newer than any other, and two of the same came from two places.
+    let newest: Vec<_> = named.iter().filter(|report| report.sequence.is_none() || report.sequence == highest).collect();
+    if let [first, others @ ..] = newest.as_slice()
+        && let Some(other) = others.iter().find(|other| other.result != first.result)
+    {
+        return unknown(&anyhow::anyhow!(
+            "reports `{}` say `{}` and `{}`, and nothing tells which is the newest",
+            wanted.name,
+            first.result,
+            other.result
+        ));
+    }
+    match newest.first() {
         Some(report) if report.result == wanted.result => allow(format!("`{}` says {}", report.name, report.result)),
         Some(report) if ["pass", "fail"].contains(&report.result.as_str()) => {
             deny(format!("`{}` says {}", report.name, report.result))

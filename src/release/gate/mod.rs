@@ -102,15 +102,19 @@ pub struct ReportSeen {
     pub name: String,
     /// `pass` or `fail`.
     pub result: String,
+    /// Which of its name it is, counted where it was attached; `None`: it does not say.
+    pub sequence: Option<u64>,
 }
 
 /// What separates two releases.
-#[derive(Debug, Clone, Copy, Default, PartialEq, Eq)]
+#[derive(Debug, Clone, Default, PartialEq, Eq)]
 pub struct Difference {
     /// Bytes of the new one that the old one does not have.
     pub bytes: u64,
     /// Packages added, removed or of another version.
     pub packages: u64,
+    /// Places of packages that nobody could read: the count is not complete.
+    pub unread: Vec<String>,
 }
 
 /// How a program ended.
@@ -133,13 +137,16 @@ pub struct Tested {
 
 /// What looks at releases and at the world for the gates. Everything that goes wrong is an error, and the answer `unknown`.
 pub trait Evidence {
+    /// Whether every byte of `release` is what its digest says, where it is at hand; asked before it may come, whatever the
+    /// gates are. One that is not at hand at all is no error.
+    fn whole(&self, release: &Digest) -> Result<()>;
     /// The good signatures over `release` by any of `keys` (PEM); those over other bytes too, with what they are over.
     fn signatures(&self, release: &Digest, keys: &[String]) -> Result<Vec<SignatureSeen>>;
     /// The provenances attached to `release` or to what is in it; `keys` (PEM) to check their signatures with.
     fn provenance(&self, release: &Digest, keys: &[String]) -> Result<Vec<ProvenanceSeen>>;
-    /// The packages in `release`. No list at all is an error, not an empty list.
+    /// The packages in `release`, by its bytes. A list that is not complete, or none at all, is an error.
     fn sbom(&self, release: &Digest) -> Result<Vec<Package>>;
-    /// The reports attached to `release`, the newest of a name last.
+    /// The reports attached to `release`.
     fn reports(&self, release: &Digest) -> Result<Vec<ReportSeen>>;
     fn difference(&self, from: &Digest, to: &Digest) -> Result<Difference>;
     /// Runs a program with more variables; see [`command::run`].

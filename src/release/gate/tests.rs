@@ -363,10 +363,17 @@ fn gates_about_the_artifact() {
         Package { name: name.into(), version: version.into(), licences, kind: kind.into() }
     }
     fn said(results: &[&str]) -> Option<Vec<ReportSeen>> {
-        Some(results.iter().map(|result| ReportSeen { name: "e2e".into(), result: result.to_string() }).collect())
+        let one = |(index, result): (usize, &&str)| ReportSeen {
+            name: "e2e".into(),
+            result: result.to_string(),
+            sequence: Some(index as u64),
+        };
+        Some(results.iter().enumerate().map(one).collect())
     }
     let signed = json!({ "signed": { "keys": [KEY] } });
     let provenance = json!({ "provenance": { "builders": ["pipeline@*"], "sources": ["https://git.example/shop"], "clean": true, "keys": [KEY] } });
+    let unsigned = json!({ "provenance": { "builders": ["pipeline@*"], "unsigned": true } });
+    let unsaid = json!({ "provenance": { "builders": ["pipeline@*"], "sources": [], "clean": false, "keys": [] } });
     let sbom = json!({ "sbom": { "deny": { "packages": ["telnetd", "npm:left-*"], "licences": ["AGPL-3.0*", "unknown"] }, "minimum": { "openssl": "3.0.17-1" } } });
     let report = json!({ "report": { "name": "e2e", "result": "pass" } });
     let command = json!({ "command": { "run": ["sh", "-c", "check it"], "timeout": "60s" } });
@@ -391,6 +398,18 @@ fn gates_about_the_artifact() {
             "allow built by `pipeline@0.1` from `https://git.example/shop`",
         ),
         ("none", &provenance, |fake| fake.provenance = Some(Vec::new()), "deny there is no provenance"),
+        (
+            "anybody's, where that is said",
+            &unsigned,
+            |fake| fake.provenance = made(|seen| seen.key = None),
+            "allow built by `pipeline@0.1` from `https://git.example/shop`",
+        ),
+        (
+            "anybody's, where nothing is said",
+            &unsaid,
+            |fake| fake.provenance = made(|_| {}),
+            "unknown the gate names no `keys`, so anybody may have written a provenance; it needs them, or `unsigned: true`",
+        ),
         (
             "builder",
             &provenance,
@@ -564,8 +583,57 @@ fn budgets_compare_with_what_is_there() {
             world.promote("stage", "0.9", "09:00");
             world.promote("prod", "0.9", "09:01");
         }
-        world.evidence.difference = difference.map(|(bytes, packages)| Difference { bytes, packages });
+        world.evidence.difference = difference.map(|(bytes, packages)| Difference { bytes, packages, unread: Vec::new() });
         assert_eq!(shown(&ask(&gate(both.clone()), &question(&world, "12:00"), &world.evidence)), expected);
+    }
+}
+
+#[test]
+fn a_count_that_is_not_complete_is_no_budget() {
+    let mut world = World::new("environments: { stage: {}, prod: { from: stage } }\n");
+    world.promote("stage", "0.9", "09:00");
+    world.promote("prod", "0.9", "09:01");
+    world.evidence.difference = Some(Difference { bytes: 1, packages: 1, unread: vec!["var/lib/rpm".into()] });
+    for (budget, expected) in [
+        (json!({ "packages": 2 }), "unknown nothing here reads the packages of `var/lib/rpm`"),
+        (json!({ "size": 2 }), "allow 1 bytes and 1 packages"),
+        (json!({ "size": 0, "packages": 2 }), "deny 1 bytes are new, and 0 may be"),
+    ] {
+        let gate = gate(json!({ "budget": budget }));
+        assert_eq!(shown(&ask(&gate, &question(&world, "12:00"), &world.evidence)), expected);
+    }
+}
+
+/// Tags in a store tell nothing about which report is the newest, and neither does what has no number.
+#[test]
+fn the_newest_report_has_the_highest_number() {
+    let world = World::new(GRAPH);
+    let gate = gate(json!({ "report": { "name": "e2e", "result": "pass" } }));
+    let cases: [(&[(&str, Option<u64>)], &str); 9] = [
+        (&[("pass", Some(3)), ("fail", Some(2)), ("fail", Some(1))], "allow `e2e` says pass"),
+        (&[("fail", Some(3)), ("pass", Some(2)), ("pass", Some(2))], "deny `e2e` says fail"),
+        (&[("pass", Some(2)), ("pass", Some(2)), ("fail", Some(1))], "allow `e2e` says pass"),
+        (
+            &[("pass", Some(2)), ("fail", Some(2)), ("fail", Some(1))],
+            "unknown reports `e2e` say `pass` and `fail`, and nothing tells which is the newest",
+        ),
+        (
+            &[("fail", Some(2)), ("pass", None)],
+            "unknown reports `e2e` say `fail` and `pass`, and nothing tells which is the newest",
+        ),
+        (&[("fail", None), ("pass", None)], "unknown reports `e2e` say `fail` and `pass`, and nothing tells which is the newest"),
+        (&[("pass", None), ("pass", None)], "allow `e2e` says pass"),
+        (&[("fail", None)], "deny `e2e` says fail"),
+        (&[("odd", Some(1))], "unknown `e2e` says `odd`, which is no result"),
+    ];
+    for (reports, expected) in cases {
+        let one = |(result, sequence): &(&str, Option<u64>)| ReportSeen {
+            name: "e2e".into(),
+            result: (*result).into(),
+            sequence: *sequence,
+        };
+        let fake = Fake { reports: Some(reports.iter().map(one).collect()), ..Fake::default() };
+        assert_eq!(shown(&ask(&gate, &question(&world, "12:00"), &fake)), expected, "{reports:?}");
     }
 }
 
@@ -579,7 +647,7 @@ fn costly_gates_are_asked_last_and_only_when_nothing_else_stands_in_the_way() {
     ];
     let named: Vec<Gate> = ["c", "r", "h"].iter().zip(gates).map(|(name, gate)| Gate { name: (*name).into(), ..gate }).collect();
     let gates: Vec<&Gate> = named.iter().collect();
-    let passed = || Some(vec![ReportSeen { name: "e2e".into(), result: "pass".into() }]);
+    let passed = || Some(vec![ReportSeen { name: "e2e".into(), result: "pass".into(), sequence: Some(1) }]);
     let no = Ended::Status(1, "no".into(), String::new());
     let cases: [(Fake, &[&str], Option<&str>, &[&str], &[&str]); 5] = [
         (
@@ -638,6 +706,14 @@ fn costly_gates_are_asked_last_and_only_when_nothing_else_stands_in_the_way() {
         assert_eq!(fake.asked.into_inner(), asked);
         assert_eq!(answers.iter().map(|answer| answer.gate.as_str()).collect::<Vec<_>>(), ["c", "r", "h"]);
     }
+}
+
+/// A ledger's bytes do not change by a newer program reading and writing them.
+#[test]
+fn a_policy_of_before_is_written_as_it_was() {
+    let text = r#"{"name":"p","provenance":{"builders":["pipeline@*"],"sources":[],"clean":true,"keys":[]}}"#;
+    let gate: Gate = serde_json::from_str(text).unwrap();
+    assert_eq!(serde_json::to_string(&gate).unwrap(), text);
 }
 
 #[test]

@@ -40,6 +40,22 @@ fn a_key_that_is_none_is_not_taken() {
 }
 
 #[test]
+fn programs_of_gates_are_inside() {
+    let command = |run: &str, script: Option<(&str, &str)>| {
+        let script = script.map(|(file, text)| crate::config::types::Script { file: file.into(), text: text.into() });
+        Command { run: vec![run.into()], timeout: crate::config::types::Seconds(5), script }
+    };
+    let mut check = Check::Command(command("./ready.sh", Some(("/shop/ready.sh", ""))));
+    embed(&mut check, &|path| Ok(format!("#!/bin/sh\necho {}\n", path.display()))).unwrap();
+    assert_eq!(check, Check::Command(command("./ready.sh", Some(("ready.sh", "#!/bin/sh\necho /shop/ready.sh\n")))));
+    // A policy from before programs were kept is read as it was, and its bytes are the same.
+    let old = serde_json::json!({ "command": { "run": ["./ready.sh"], "timeout": "5s" } });
+    let read: Check = serde_json::from_value(old.clone()).unwrap();
+    assert_eq!(read, Check::Command(command("./ready.sh", None)));
+    assert_eq!(serde_json::to_value(&read).unwrap(), old);
+}
+
+#[test]
 fn the_first_policy_is_trusted_and_later_ones_need_an_admin_of_the_one_before() {
     let open = World::new(SHOP).policy;
     let guarded = World::new(&format!("{PEOPLE}{SHOP}")).policy;

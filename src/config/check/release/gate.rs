@@ -8,8 +8,8 @@ use crate::config::file;
 use crate::config::recurrence::Rule;
 use crate::config::syntax::{self, Wrong};
 use crate::config::types::{
-    Approve, Budget, Check, Command, Gate, Http, Provenance, Report, Sbom, SbomDeny, Seconds, Signed, Upstream, VmTestFile,
-    Window, Yes, role,
+    Approve, Budget, Check, Command, Gate, Http, Provenance, Report, Sbom, SbomDeny, Script, Seconds, Signed, Upstream,
+    VmTestFile, Window, Yes, role,
 };
 use crate::config::yaml::Place;
 
@@ -189,9 +189,17 @@ impl Checker<'_> {
         for (key, list) in [("builders", &written.builders), ("sources", &written.sources)] {
             self.patterns(list, &place.key(key));
         }
+        let unsigned = written.unsigned.unwrap_or(false);
+        if written.keys.is_empty() && !unsigned {
+            let hint = "like `keys: [cosign.pub]`; `unsigned: true` takes what anybody who may push to the registry wrote";
+            self.findings.add_missing(place, "`provenance` needs `keys`", Some(hint.into()));
+        } else if unsigned && !written.keys.is_empty() {
+            let hint = Some("keep one of `keys` and `unsigned`".into());
+            self.findings.add(&place.key("unsigned"), "a provenance that keys must have signed is not `unsigned`", hint);
+        }
         let keys = self.public_keys(written.keys, &place.key("keys"));
         let clean = written.clean.unwrap_or(false);
-        Check::Provenance(Provenance { builders: written.builders, sources: written.sources, clean, keys })
+        Check::Provenance(Provenance { builders: written.builders, sources: written.sources, clean, keys, unsigned })
     }
 
     /// Texts that may end with `*`.
@@ -234,7 +242,12 @@ impl Checker<'_> {
         }
         self.command(&run, &place.key("run"));
         let timeout = self.seconds(written.timeout, &place.key("timeout"), COMMAND_TIMEOUT);
-        Some(Check::Command(Command { run, timeout }))
+        let mut command = Command { run, timeout, script: None };
+        if command.names_a_file() {
+            let path = self.existing(&command.run[0], &place.key("run"), "file", Path::is_file);
+            command.script = Some(Script { file: path.to_string_lossy().into_owned(), text: String::new() });
+        }
+        Some(Check::Command(command))
     }
 
     fn seconds(&mut self, text: Option<String>, place: &Place<'_>, default: Seconds) -> Seconds {

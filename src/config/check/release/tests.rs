@@ -166,7 +166,7 @@ fn environments() {
 #[test]
 fn gates_of_environments() {
     let (_keep, file) = folder();
-    let cases: [(&str, &[&str]); 46] = [
+    let cases: [(&str, &[&str]); 50] = [
         ("{ soak: 10m }, { healthy: true }, { approve: 2 }, { signed: { keys: [team.pub] } }", &[]),
         (
             "{}",
@@ -261,7 +261,24 @@ fn gates_of_environments() {
             ],
         ),
         (
-            "{ provenance: { builders: ['a*b'], clean: true } }",
+            "{ provenance: { clean: true } }",
+            &[
+                "1:55 `provenance` needs `keys` | like `keys: [cosign.pub]`; `unsigned: true` takes what anybody who may push to the registry wrote",
+            ],
+        ),
+        (
+            "{ provenance: { unsigned: false } }",
+            &[
+                "1:55 `provenance` needs `keys` | like `keys: [cosign.pub]`; `unsigned: true` takes what anybody who may push to the registry wrote",
+            ],
+        ),
+        ("{ provenance: { clean: true, unsigned: true } }", &[]),
+        (
+            "{ provenance: { keys: ['-----BEGIN PUBLIC KEY----- -----END PUBLIC KEY-----'], unsigned: true } }",
+            &["1:142 a provenance that keys must have signed is not `unsigned` | keep one of `keys` and `unsigned`"],
+        ),
+        (
+            "{ provenance: { builders: ['a*b'], clean: true, unsigned: true } }",
             &["1:80 `a*b` is not a pattern | `*` stands for anything, at the end only"],
         ),
         ("{ sbom: {} }", &["1:55 `sbom` asks nothing | like `sbom: { deny: { packages: [telnetd] } }`"]),
@@ -405,7 +422,7 @@ fn what_is_read() {
 fn the_examples_of_the_page_are_right() {
     let (_keep, file) = folder();
     fs_err::create_dir_all(file.parent().unwrap().join("vm-tests")).unwrap();
-    for name in ["cosign.pub", "vm-tests/smoke.yaml"] {
+    for name in ["cosign.pub", "ready.sh", "vm-tests/smoke.yaml"] {
         fs_err::write(file.parent().unwrap().join(name), "").unwrap();
     }
     let page = include_str!("../../../../docs/environments.md");
