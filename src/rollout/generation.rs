@@ -12,9 +12,9 @@ use serde::{Deserialize, Serialize};
 use serde_json::{Value, json};
 
 use super::target::{InstanceSpec, Limits, Secret, VolumeMount};
+use crate::artifact::image::{self, HEALTH_LABEL};
 use crate::artifact::release::{self, Kind};
 use crate::artifact::store::Store;
-use crate::artifact::image::{self, HEALTH_LABEL};
 use crate::config::types::{Environment, Health, HealthCheck, Target, Volume, VolumeSpec};
 use crate::error::Problem;
 use crate::oci::digest::Digest;
@@ -164,7 +164,8 @@ impl Generation {
         let mut mounts = Vec::new();
         for (name, volume) in &self.volumes {
             let Some(path) = volume.place(name, &program.volumes) else {
-                let problem = Problem::failed(format!("nobody says where in the program the volume `{name}` of `{environment}` is"));
+                let problem =
+                    Problem::failed(format!("nobody says where in the program the volume `{name}` of `{environment}` is"));
                 return Err(problem.hint("write its `path`, or declare it in `image.volumes`").into());
             };
             mounts.push(VolumeMount { name: name.clone(), path: path.to_owned(), source: volumes.join(environment).join(name) });
@@ -230,13 +231,7 @@ struct AppFile {
 }
 
 /// A machine: port and health are those of the app that requests go to.
-fn of_machine(
-    store: &Store,
-    release: &release::Release,
-    pipeline: &str,
-    wanted: Option<&str>,
-    disk: Digest,
-) -> Result<Program> {
+fn of_machine(store: &Store, release: &release::Release, pipeline: &str, wanted: Option<&str>, disk: Digest) -> Result<Program> {
     let host = entry(release, Kind::Host, pipeline)?.digest;
     let mut apps = apps(store, &host)?;
     let names = apps.iter().map(|app| app.name.clone()).collect::<Vec<_>>().join("`, `");

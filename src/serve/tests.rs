@@ -308,7 +308,8 @@ impl Field {
             std::thread::sleep(Duration::from_millis(20));
         };
         let length = body.len();
-        write!(stream, "{method} {path} HTTP/1.1\r\nhost: x\r\nconnection: close\r\ncontent-length: {length}\r\n\r\n{body}").unwrap();
+        write!(stream, "{method} {path} HTTP/1.1\r\nhost: x\r\nconnection: close\r\ncontent-length: {length}\r\n\r\n{body}")
+            .unwrap();
         let mut text = String::new();
         stream.read_to_string(&mut text).unwrap();
         let (head, body) = text.split_once("\r\n\r\n").unwrap();
@@ -481,7 +482,9 @@ fn a_target_that_hangs_keeps_only_its_own_waiting() {
     assert_eq!(place.ask("GET", "/healthz", "").0, 200);
     place.town.other.hangs.store(false, Ordering::SeqCst);
     // Its rollout failed meanwhile, or goes on; somebody tries again.
-    place.until("cart/prod", "an end or a start", |view| view.live.is_some() || view.rollout.as_ref().is_some_and(|one| one.phase == Phase::Failed));
+    place.until("cart/prod", "an end or a start", |view| {
+        view.live.is_some() || view.rollout.as_ref().is_some_and(|one| one.phase == Phase::Failed)
+    });
     place.ask("POST", "/v1/environments/cart/prod/rollout", r#"{"do":"resume"}"#);
     place.until("cart/prod", "what hung", |view| view.live.is_some());
     daemon.ended.store(true, Ordering::SeqCst);
@@ -503,7 +506,8 @@ fn what_belongs_together_switches_together_or_not_at_all() {
     place.town.want(NAME, together(2), "shop.test");
     place.town.want("cart/prod", together(3), "cart.test");
     place.ask("POST", "/v1/poke", "");
-    let failed = |view: &View| view.rollout.as_ref().is_some_and(|rollout| rollout.version != "1.1" && rollout.phase == Phase::Failed);
+    let failed =
+        |view: &View| view.rollout.as_ref().is_some_and(|rollout| rollout.version != "1.1" && rollout.phase == Phase::Failed);
     let view = place.until(NAME, "the failure", failed);
     assert!(is(&view, "1.1"), "{view:#?}");
     let told = place.town.told.lock().unwrap().clone();
