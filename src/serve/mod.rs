@@ -15,8 +15,8 @@ pub mod world;
 
 use std::io::Write as _;
 use std::path::{Path, PathBuf};
-use std::sync::Arc;
 use std::sync::atomic::{AtomicBool, Ordering};
+use std::sync::{Arc, Mutex, PoisonError};
 use std::time::Duration;
 
 use anyhow::{Context as _, Result};
@@ -110,7 +110,8 @@ pub fn run(
         successor.ready()?;
     }
     let replaced = Arc::new(AtomicBool::new(false));
-    succession(&shared, &replace, listeners, lock, &replaced)?;
+    let held = Arc::new(Mutex::new(Some(lock)));
+    succession(&shared, &replace, listeners, &held, &replaced)?;
     shared.world.ready();
     shared.world.note("serving");
     runtime.block_on(async {
@@ -129,6 +130,8 @@ pub fn run(
         switch.shutdown(DRAIN).await;
         server.abort();
     });
+    // The thread that waits for a successor has it too, and is not waited for.
+    *held.lock().unwrap_or_else(PoisonError::into_inner) = None;
     drop(inside);
     runtime.shutdown_background();
     Ok(())
@@ -222,20 +225,19 @@ fn succession(
     shared: &Arc<Shared>,
     path: &Path,
     listeners: Vec<Listener>,
-    lock: std::fs::File,
+    held: &Arc<Mutex<Option<std::fs::File>>>,
     replaced: &Arc<AtomicBool>,
 ) -> Result<()> {
     let socket = sockets::socket(path)?;
-    let (shared, replaced) = (shared.clone(), replaced.clone());
+    let (shared, held, replaced) = (shared.clone(), held.clone(), replaced.clone());
     let waits = move || {
-        let held = std::sync::Mutex::new(Some(lock));
         let rest = || {
             shared.model().resting = true;
-            *held.lock().unwrap_or_else(std::sync::PoisonError::into_inner) = None;
+            *held.lock().unwrap_or_else(PoisonError::into_inner) = None;
         };
         let again = || match self::lock(&shared.folder.lock(), LOCK) {
             Ok(lock) => {
-                *held.lock().unwrap_or_else(std::sync::PoisonError::into_inner) = Some(lock);
+                *held.lock().unwrap_or_else(PoisonError::into_inner) = Some(lock);
                 let mut model = shared.model();
                 // Whoever looked has ended, and is started again.
                 model.lists.clear();
