@@ -90,7 +90,9 @@ pub fn run(global: &Global, args: Args) -> Result<u8> {
     let (root, state) = ui::places(global, &host)?;
     let given = from_systemd(&host)?;
     if args.certificate.len() != args.key.len() {
-        return Err(Problem::usage("there are not as many certificates as keys").hint("`--certificate` and `--key` go in pairs").into());
+        return Err(Problem::usage("there are not as many certificates as keys")
+            .hint("`--certificate` and `--key` go in pairs")
+            .into());
     }
     let ended = Arc::new(AtomicBool::new(false));
     for signal in [signal_hook::consts::SIGTERM, signal_hook::consts::SIGINT] {
@@ -131,7 +133,7 @@ fn listeners(args: &Args) -> Vec<Wanted> {
     let plain = args.listen.iter().map(|address| Wanted { name: "http".into(), address: *address, tls: false });
     let tls = args.listen_tls.iter().map(|address| Wanted { name: "https".into(), address: *address, tls: true });
     let mut wanted: Vec<Wanted> = plain.chain(tls).collect();
-    if wanted.is_empty() {
+    if wanted.is_empty() && !args.replace {
         wanted.extend(LISTEN.parse().map(|address| Wanted { name: "http".into(), address, tls: false }));
     }
     wanted
@@ -242,7 +244,9 @@ impl World for Here {
         let mut reading = Reading { tip: snapshot.id().map(|id| id.to_string()), ..Reading::default() };
         for pipeline in snapshot.pipelines()? {
             let Some(loaded) = desk::load(&snapshot, &pipeline)? else { continue };
-            for (name, environment) in loaded.policy.environments.iter().filter(|(_, environment)| !environment.targets.is_empty()) {
+            for (name, environment) in
+                loaded.policy.environments.iter().filter(|(_, environment)| !environment.targets.is_empty())
+            {
                 let Some(state) = loaded.states.get(name) else { continue };
                 let current = state.current.as_ref();
                 let wanted = Goal {
@@ -272,9 +276,7 @@ impl World for Here {
             }
             let reason = reason(verdict);
             match verdict.kind {
-                VerdictKind::Rollback(release, config) => {
-                    roll_back(desk, state, (release, config), &reason)
-                }
+                VerdictKind::Rollback(release, config) => roll_back(desk, state, (release, config), &reason),
                 VerdictKind::Hold => hold_back(desk, state, &reason),
                 VerdictKind::Freeze => {
                     let freeze = |_: &desk::Loaded, _: &State, time| {
@@ -314,7 +316,9 @@ impl World for Here {
                 SecretRef::File(path) => fs_err::read(path).with_context(|| format!("cannot read the secret `{name}`"))?,
                 SecretRef::Stored(id) => {
                     if id.is_empty() || !id.chars().all(|c| c.is_ascii_hexdigit()) {
-                        return Err(Problem::failed(format!("the secret `{name}` is not set")).hint("`pipeline secret set` sets it").into());
+                        return Err(Problem::failed(format!("the secret `{name}` is not set"))
+                            .hint("`pipeline secret set` sets it")
+                            .into());
                     }
                     let stored = fs_err::read(self.state.join("secrets").join(id));
                     stored.with_context(|| format!("the secret `{name}` is not kept on this machine"))?

@@ -12,9 +12,9 @@ use serde::{Deserialize, Serialize};
 use serde_json::{Value, json};
 
 use super::target::{InstanceSpec, Limits, Secret, VolumeMount};
+use crate::artifact::image::{self, HEALTH_LABEL};
 use crate::artifact::release::{self, Kind};
 use crate::artifact::store::Store;
-use crate::artifact::image::{self, HEALTH_LABEL};
 use crate::config::types::{Environment, Health, HealthCheck, Target, Volume, VolumeSpec};
 use crate::error::Problem;
 use crate::oci::digest::Digest;
@@ -164,7 +164,8 @@ impl Generation {
         let mut mounts = Vec::new();
         for (name, volume) in &self.volumes {
             let Some(path) = volume.place(name, &program.volumes) else {
-                let problem = Problem::failed(format!("nobody says where in the program the volume `{name}` of `{environment}` is"));
+                let problem =
+                    Problem::failed(format!("nobody says where in the program the volume `{name}` of `{environment}` is"));
                 return Err(problem.hint("write its `path`, or declare it in `image.volumes`").into());
             };
             mounts.push(VolumeMount { name: name.clone(), path: path.to_owned(), source: volumes.join(environment).join(name) });
@@ -230,13 +231,7 @@ struct AppFile {
 }
 
 /// A machine: port and health are those of the app that requests go to.
-fn of_machine(
-    store: &Store,
-    release: &release::Release,
-    pipeline: &str,
-    wanted: Option<&str>,
-    disk: Digest,
-) -> Result<Program> {
+fn of_machine(store: &Store, release: &release::Release, pipeline: &str, wanted: Option<&str>, disk: Digest) -> Result<Program> {
     let host = entry(release, Kind::Host, pipeline)?.digest;
     let mut apps = apps(store, &host)?;
     let names = apps.iter().map(|app| app.name.clone()).collect::<Vec<_>>().join("`, `");
@@ -276,4 +271,96 @@ fn apps(store: &Store, host: &Digest) -> Result<Vec<AppFile>> {
         }
     }
     Ok(found.into_values().collect())
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use crate::config::types::{Docker, Local};
+
+    fn binding(value: &str) -> Binding {
+        let values = BTreeMap::from([("A".to_owned(), value.to_owned())]);
+        Binding {
+            release: Digest::of("release"),
+            version: "1.4".into(),
+            config: Configuration { values, secrets: BTreeMap::new() },
+            since: "2026-03-01T00:00:00Z".parse().unwrap(),
+            doubtful: false,
+            by: "Ann".into(),
+            author: None,
+        }
+    }
+
+    fn environment() -> Environment {
+        let web = Target::Local(Local { instances: 2, ..Local::default() });
+        let targets = BTreeMap::from([("web".to_owned(), web), ("my_jobs".to_owned(), Target::Docker(Docker::default()))]);
+        Environment { targets, ..Environment::default() }
+    }
+
+    #[test]
+    fn the_same_pair_in_the_same_settings_is_the_same_generation() {
+        let first = Generation::of(&environment(), &binding("1"));
+        // Who decided, and when, plays no part.
+        let later = Binding { since: "2026-04-01T00:00:00Z".parse().unwrap(), by: "Bob".into(), ..binding("1") };
+        assert_eq!(Generation::of(&environment(), &later).id, first.id);
+        assert_ne!(Generation::of(&environment(), &binding("2")).id, first.id);
+        let mut other = environment();
+        other.targets.remove("my_jobs");
+        assert_ne!(Generation::of(&other, &binding("1")).id, first.id);
+        let ids: Vec<String> = first.places("shop/prod").into_iter().map(|place| place.id).collect();
+        let id = &first.id;
+        assert_eq!(ids, [format!("shop-prod-{id}-my-jobs-0"), format!("shop-prod-{id}-web-0"), format!("shop-prod-{id}-web-1")]);
+    }
+
+    #[test]
+    fn who_excludes_whom() {
+        let with = |name: &str, mode: Volume, value: &str| {
+            let volumes = BTreeMap::from([(name.to_owned(), VolumeSpec { mode, path: None })]);
+            Generation::of(&Environment { volumes, ..environment() }, &binding(value))
+        };
+        use Volume::{Exclusive, Shared};
+        let cases = [
+            (with("data", Exclusive, "1"), with("data", Exclusive, "2"), true),
+            (with("data", Shared, "1"), with("data", Exclusive, "2"), true),
+            (with("data", Exclusive, "1"), with("data", Shared, "2"), true),
+            (with("data", Shared, "1"), with("data", Shared, "2"), false),
+            (with("data", Exclusive, "1"), with("other", Exclusive, "2"), false),
+            (with("data", Exclusive, "1"), with("data", Exclusive, "1"), false),
+        ];
+        for (one, other, expected) in cases {
+            assert_eq!(
+                (one.excludes(&other), other.excludes(&one)),
+                (expected, expected),
+                "{:?} {:?}",
+                one.volumes,
+                other.volumes
+            );
+        }
+    }
+
+    #[test]
+    fn what_an_instance_needs() {
+        let volumes = BTreeMap::from([("data".to_owned(), VolumeSpec { mode: Volume::Shared, path: None })]);
+        let mut generation = Generation::of(&Environment { volumes, ..environment() }, &binding("1"));
+        let place = generation.places("shop/prod").pop().unwrap();
+        let spec = |generation: &Generation| generation.spec("shop/prod", &place, Path::new("/state/volumes"), BTreeMap::new());
+        assert!(!generation.is_prepared() && spec(&generation).is_err());
+        let program = |volumes: &[&str]| Program {
+            artifact: Digest::of("image"),
+            port: Some(8080),
+            health: None,
+            volumes: volumes.iter().map(|path| (*path).to_owned()).collect(),
+        };
+        generation.programs.insert("web".into(), program(&["/var/lib/data/", "/cache"]));
+        let found = spec(&generation).unwrap();
+        assert_eq!((found.number, found.port, found.env["A"].as_str()), (1, Some(8080), "1"));
+        assert_eq!(
+            (found.volumes[0].path.as_str(), found.volumes[0].source.to_str()),
+            ("/var/lib/data", Some("/state/volumes/shop/prod/data"))
+        );
+        // Nobody says where it is.
+        generation.programs.insert("web".into(), program(&["/a", "/b"]));
+        let error = spec(&generation).unwrap_err().to_string();
+        assert_eq!(error, "nobody says where in the program the volume `data` of `shop/prod` is");
+    }
 }

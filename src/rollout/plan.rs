@@ -485,7 +485,8 @@ impl Environment {
         let limit = look.settings().warm_memory;
         let places = self.known(&warm.generation).map_or(0, |generation| generation.places(look.name).len());
         let ended = |instance: &&Instance| matches!(instance.status, Running::Ended { .. });
-        let is_gone = look.seen.blind.is_empty() && (own.clone().count() < places || own.clone().any(|instance| ended(&instance)));
+        let is_gone =
+            look.seen.blind.is_empty() && (own.clone().count() < places || own.clone().any(|instance| ended(&instance)));
         let over = look.now.steady >= warm.until || is_gone || limit.is_some_and(|limit| memory > limit);
         if over {
             self.warm = None;

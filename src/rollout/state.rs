@@ -53,7 +53,10 @@ pub enum Loaded {
     Fresh,
     Sound(State),
     /// The file is broken, and why; with the copy before when that is sound.
-    Corrupt { why: String, previous: Option<State> },
+    Corrupt {
+        why: String,
+        previous: Option<State>,
+    },
 }
 
 /// The folder with the file.
@@ -179,7 +182,8 @@ fn newer(parsed: Parsed) -> Result<State> {
     match parsed {
         Parsed::Known(state) => Ok(*state),
         Parsed::Newer(format) => {
-            let problem = Problem::usage(format!("the state of the rollouts has format {format}, and this pipeline knows {FORMAT}"));
+            let problem =
+                Problem::usage(format!("the state of the rollouts has format {format}, and this pipeline knows {FORMAT}"));
             bail!(problem.hint("it was written by a newer pipeline: use that one"))
         }
     }

@@ -70,7 +70,8 @@ pub fn bind(path: &Path) -> Result<tokio::net::UnixListener> {
     temp.push(format!(".{}", std::process::id()));
     let temp = std::path::PathBuf::from(temp);
     let _ = fs_err::remove_file(&temp);
-    let listener = tokio::net::UnixListener::bind(&temp).with_context(|| format!("cannot make the socket `{}`", path.display()))?;
+    let listener =
+        tokio::net::UnixListener::bind(&temp).with_context(|| format!("cannot make the socket `{}`", path.display()))?;
     fs_err::set_permissions(&temp, std::fs::Permissions::from_mode(0o600))?;
     fs_err::rename(&temp, path)?;
     Ok(listener)
@@ -82,7 +83,11 @@ fn refusal(status: StatusCode, error: impl Into<String>, hints: &[&str]) -> Resp
 }
 
 fn unknown(name: &str) -> Response {
-    refusal(StatusCode::NOT_FOUND, format!("nobody knows `{name}` here"), &["`pipeline environment list` shows what the ledger has"])
+    refusal(
+        StatusCode::NOT_FOUND,
+        format!("nobody knows `{name}` here"),
+        &["`pipeline environment list` shows what the ledger has"],
+    )
 }
 
 async fn status(State(api): State<Api>) -> Response {
@@ -143,11 +148,16 @@ async fn metrics(State(api): State<Api>) -> Response {
 }
 
 async fn healthz(State(api): State<Api>) -> Response {
-    if show::is_well(&api.shared) { "ok\n".into_response() } else { (StatusCode::SERVICE_UNAVAILABLE, "no passes\n").into_response() }
+    if show::is_well(&api.shared) {
+        "ok\n".into_response()
+    } else {
+        (StatusCode::SERVICE_UNAVAILABLE, "no passes\n").into_response()
+    }
 }
 
 fn parse<T: DeserializeOwned>(body: &Bytes) -> std::result::Result<T, Box<Response>> {
-    serde_json::from_slice(body).map_err(|error| Box::new(refusal(StatusCode::BAD_REQUEST, format!("the body is not what is expected: {error}"), &[])))
+    serde_json::from_slice(body)
+        .map_err(|error| Box::new(refusal(StatusCode::BAD_REQUEST, format!("the body is not what is expected: {error}"), &[])))
 }
 
 async fn rollout(State(api): State<Api>, InPath((pipeline, environment)): InPath<(String, String)>, body: Bytes) -> Response {

@@ -15,8 +15,8 @@ pub mod world;
 
 use std::io::Write as _;
 use std::path::{Path, PathBuf};
-use std::sync::Arc;
 use std::sync::atomic::{AtomicBool, Ordering};
+use std::sync::{Arc, Mutex, PoisonError};
 use std::time::Duration;
 
 use anyhow::{Context as _, Result};
@@ -42,6 +42,7 @@ pub struct Settings {
     pub state: PathBuf,
     /// The socket of the API; the others are beside it.
     pub socket: PathBuf,
+    /// Empty with `replace`: those of the daemon before.
     pub listeners: Vec<Wanted>,
     pub replace: bool,
     /// Longest time between a decision made elsewhere and the look at it.
@@ -78,8 +79,11 @@ pub fn run(
     };
     let lock = lock(&folder.lock(), if successor.is_some() { LOCK } else { Duration::ZERO })?;
     let held = if held.is_empty() { sockets::take(&hold) } else { held };
-    // What systemd passes is all there is.
-    let listeners = if by_systemd { held } else { sockets::take_or_bind(held, &settings.listeners)? };
+    // What systemd passes is all there is; and who takes over and is told no addresses takes them all.
+    let as_they_are = by_systemd || successor.is_some() && settings.listeners.is_empty();
+    let listeners = if as_they_are { held } else { sockets::take_or_bind(held, &settings.listeners)? };
+    // Where systemd keeps them, the daemon before had no holder either.
+    let holds = !by_systemd && (successor.is_none() || std::os::unix::net::UnixStream::connect(&hold).is_ok());
     folder.sweep()?;
     let (state, read_only) = load(&folder, world.as_ref())?;
     let switch = Switch::new(switch_settings, dial.clone())?;
@@ -90,12 +94,13 @@ pub fn run(
     // Nobody is sent anywhere before the table is known.
     runtime.block_on(first_pass(&shared));
     switch.serve(listeners.iter().map(Listener::try_clone).collect::<Result<_>>()?)?;
-    if !by_systemd && !listeners.is_empty() {
+    if holds && !listeners.is_empty() {
         if let Err(error) = sockets::keep(&hold, &settings.program, &listeners) {
             shared.world.warn(&format!("nobody holds the sockets while the daemon is away: {error:#}"));
         }
     }
-    let shown = listeners.iter().map(|listener| Ok(format!("{} {}", listener.name, listener.address()?))).collect::<Result<Vec<_>>>()?;
+    let shown =
+        listeners.iter().map(|listener| Ok(format!("{} {}", listener.name, listener.address()?))).collect::<Result<Vec<_>>>()?;
     shown.iter().for_each(|listener| shared.world.note(&format!("listening: {listener}")));
     let about = About { version: settings.version.clone(), started: shared.world.now(), poll: settings.poll, listeners: shown };
     let api = api::bind(&settings.socket)?;
@@ -105,7 +110,8 @@ pub fn run(
         successor.ready()?;
     }
     let replaced = Arc::new(AtomicBool::new(false));
-    succession(&shared, &replace, listeners, lock, &replaced)?;
+    let held = Arc::new(Mutex::new(Some(lock)));
+    succession(&shared, &replace, listeners, &held, &replaced)?;
     shared.world.ready();
     shared.world.note("serving");
     runtime.block_on(async {
@@ -124,6 +130,8 @@ pub fn run(
         switch.shutdown(DRAIN).await;
         server.abort();
     });
+    // The thread that waits for a successor has it too, and is not waited for.
+    *held.lock().unwrap_or_else(PoisonError::into_inner) = None;
     drop(inside);
     runtime.shutdown_background();
     Ok(())
@@ -199,7 +207,10 @@ async fn first_pass(shared: &Shared) {
     loop {
         let ready = {
             let model = shared.model();
-            let listed = model.targets().keys().all(|key| model.lists.get(key).is_some_and(|list| list.at.is_some() || list.error.is_some()));
+            let listed = model
+                .targets()
+                .keys()
+                .all(|key| model.lists.get(key).is_some_and(|list| list.at.is_some() || list.error.is_some()));
             let read = model.reading.is_some() || model.reading_error.is_some();
             read && listed && model.passes > 2
         };
@@ -214,20 +225,19 @@ fn succession(
     shared: &Arc<Shared>,
     path: &Path,
     listeners: Vec<Listener>,
-    lock: std::fs::File,
+    held: &Arc<Mutex<Option<std::fs::File>>>,
     replaced: &Arc<AtomicBool>,
 ) -> Result<()> {
     let socket = sockets::socket(path)?;
-    let (shared, replaced) = (shared.clone(), replaced.clone());
+    let (shared, held, replaced) = (shared.clone(), held.clone(), replaced.clone());
     let waits = move || {
-        let held = std::sync::Mutex::new(Some(lock));
         let rest = || {
             shared.model().resting = true;
-            *held.lock().unwrap_or_else(std::sync::PoisonError::into_inner) = None;
+            *held.lock().unwrap_or_else(PoisonError::into_inner) = None;
         };
         let again = || match self::lock(&shared.folder.lock(), LOCK) {
             Ok(lock) => {
-                *held.lock().unwrap_or_else(std::sync::PoisonError::into_inner) = Some(lock);
+                *held.lock().unwrap_or_else(PoisonError::into_inner) = Some(lock);
                 let mut model = shared.model();
                 // Whoever looked has ended, and is started again.
                 model.lists.clear();
@@ -257,7 +267,9 @@ fn lock(path: &Path, longest: Duration) -> Result<std::fs::File> {
     loop {
         match rustix::fs::flock(&file, rustix::fs::FlockOperation::NonBlockingLockExclusive) {
             Ok(()) => break,
-            Err(rustix::io::Errno::WOULDBLOCK) if std::time::Instant::now() < until => std::thread::sleep(Duration::from_millis(20)),
+            Err(rustix::io::Errno::WOULDBLOCK) if std::time::Instant::now() < until => {
+                std::thread::sleep(Duration::from_millis(20))
+            }
             Err(rustix::io::Errno::WOULDBLOCK) => {
                 let pid = fs_err::read_to_string(path).unwrap_or_default();
                 let problem = Problem::failed(format!("a daemon serves this root already: process {}", pid.trim()));

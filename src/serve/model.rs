@@ -106,7 +106,14 @@ pub struct Cache {
 }
 
 impl Shared {
-    pub fn new(world: Arc<dyn World>, switch: Switch, folder: Folder, dial: Dial, state: State, read_only: Option<String>) -> Self {
+    pub fn new(
+        world: Arc<dyn World>,
+        switch: Switch,
+        folder: Folder,
+        dial: Dial,
+        state: State,
+        read_only: Option<String>,
+    ) -> Self {
         let model = Model {
             base: state.steady,
             state,
@@ -192,7 +199,8 @@ impl Model {
 
     /// The cache of an environment's rollout.
     pub fn cache(&mut self, name: &str) -> &mut Cache {
-        let began = self.state.environments.get(name).and_then(|environment| environment.rollout.as_ref()).map(|rollout| rollout.began);
+        let began =
+            self.state.environments.get(name).and_then(|environment| environment.rollout.as_ref()).map(|rollout| rollout.began);
         let cache = self.caches.entry(name.to_owned()).or_default();
         if cache.began != began {
             *cache = Cache { began, ..Cache::default() };
@@ -343,7 +351,9 @@ impl Model {
     /// Notes how rollouts ended, for the metrics.
     pub fn count(&mut self, before: &Environment, after: &Environment, name: &str) {
         let over = |environment: &Environment| environment.rollout.clone().filter(|rollout| rollout.outcome.is_some());
-        let Some(rollout) = over(after).filter(|rollout| over(before).is_none_or(|old| old.began != rollout.began)) else { return };
+        let Some(rollout) = over(after).filter(|rollout| over(before).is_none_or(|old| old.began != rollout.began)) else {
+            return;
+        };
         let Some(outcome) = &rollout.outcome else { return };
         let seconds = rollout.ended.unwrap_or(rollout.began).saturating_sub(rollout.began) as f64 / 1000.0;
         let (count, sum) = self.ended.entry((name.to_owned(), outcome.result.to_string())).or_default();

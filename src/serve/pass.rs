@@ -248,7 +248,9 @@ fn serve(shared: &Shared, model: &mut Model) -> bool {
                 }
             }
             let states = &model.state.environments;
-            model.bases.retain(|(name, id), _| states.get(name).is_some_and(|environment| environment.generations.contains_key(id)));
+            model
+                .bases
+                .retain(|(name, id), _| states.get(name).is_some_and(|environment| environment.generations.contains_key(id)));
             (model.table, model.switch_error) = (table, None);
             let changed = model.serving != live;
             model.serving = live;
@@ -307,14 +309,7 @@ fn service(
     let live = serving.live.clone().filter(|live| pools.contains_key(live));
     let preview = serving.preview.as_ref().filter(|id| pools.contains_key(*id));
     let preview = settings.preview.clone().zip(preview.cloned());
-    Service {
-        routes: place.routes.clone(),
-        pools,
-        live,
-        preview,
-        mode,
-        drain: Drain { requests, streams, spread: streams / 4 },
-    }
+    Service { routes: place.routes.clone(), pools, live, preview, mode, drain: Drain { requests, streams, spread: streams / 4 } }
 }
 
 /// Hands out what is to be done; whether something goes on.

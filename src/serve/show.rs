@@ -99,15 +99,7 @@ fn of(shared: &Shared, model: &mut Model, name: &str) -> View {
     }
 }
 
-fn side(
-    shared: &Shared,
-    model: &Model,
-    environment: &Environment,
-    seen: &Seen,
-    now: Now,
-    name: &str,
-    id: &str,
-) -> Option<Side> {
+fn side(shared: &Shared, model: &Model, environment: &Environment, seen: &Seen, now: Now, name: &str, id: &str) -> Option<Side> {
     let known = environment.generations.get(id)?;
     let generation = &known.generation;
     let instances: Vec<InstanceView> = generation
@@ -240,7 +232,8 @@ pub fn metrics(shared: &Shared) -> String {
         for side in view.live.iter().chain(&view.other) {
             let color = side.color;
             let _ = writeln!(text, "pipeline_instances{{stage=\"{stage}\",color=\"{color}\",state=\"wanted\"}} {}", side.wanted);
-            let _ = writeln!(text, "pipeline_instances{{stage=\"{stage}\",color=\"{color}\",state=\"healthy\"}} {}", side.healthy);
+            let _ =
+                writeln!(text, "pipeline_instances{{stage=\"{stage}\",color=\"{color}\",state=\"healthy\"}} {}", side.healthy);
         }
     }
     head(&mut text, "pipeline_passes_total", "counter", "Looks of the reconciler at everything.");

@@ -84,7 +84,9 @@ fn connect(path: &Path) -> Result<UnixStream> {
 }
 
 fn start(path: &Path, program: &Path) -> Result<()> {
-    let null = || fs_err::File::options().read(true).write(true).open("/dev/null").map(|file| std::process::Stdio::from(file.into_file()));
+    let null = || {
+        fs_err::File::options().read(true).write(true).open("/dev/null").map(|file| std::process::Stdio::from(file.into_file()))
+    };
     let mut child = Cmd::new(program)
         .arg(VERB)
         .arg(path)
@@ -174,7 +176,8 @@ impl Successor {
     /// There is none, or it does not let go.
     pub fn ask(path: &Path) -> Result<(Self, Vec<Listener>)> {
         let stream = connect(path).map_err(|error| {
-            Problem::failed(format!("no daemon to replace answers at `{}`: {error}", path.display())).hint("start it without `--replace`")
+            Problem::failed(format!("no daemon to replace answers at `{}`: {error}", path.display()))
+                .hint("start it without `--replace`")
         })?;
         (&stream).write_all(b"replace\n")?;
         let listeners = listen::receive(&stream)?;

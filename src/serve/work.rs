@@ -69,7 +69,8 @@ pub fn begin(shared: &Arc<Shared>, model: &mut Model, name: &str, action: Action
                 let mut model = shared.model();
                 match told {
                     Ok(()) => {
-                        model.failed.remove(key);
+                        // Not again before the ledger was read with it.
+                        model.failed.insert(key.to_owned(), (0, Instant::now() + REPORTED));
                         model.asked += 1;
                     }
                     Err(error) => {
@@ -82,6 +83,9 @@ pub fn begin(shared: &Arc<Shared>, model: &mut Model, name: &str, action: Action
         }
     }
 }
+
+/// Pause after a report until the next.
+const REPORTED: Duration = Duration::from_secs(3);
 
 /// Runs `work` in a thread, when nothing of this name is under way and it may be tried again.
 fn spawn(shared: &Arc<Shared>, model: &mut Model, key: String, work: impl FnOnce(&Arc<Shared>, &str) + Send + 'static) {

@@ -37,7 +37,8 @@ pub trait World: Send + Sync + std::fmt::Debug {
     /// Below this are the volumes: `PIPELINE/ENVIRONMENT/NAME`.
     fn volumes(&self) -> PathBuf;
     /// Runs a command of a check on this machine, with these variables beside the daemon's.
-    fn run(&self, words: &[String], variables: &BTreeMap<String, String>, timeout: std::time::Duration) -> Result<String, String>;
+    fn run(&self, words: &[String], variables: &BTreeMap<String, String>, timeout: std::time::Duration)
+    -> Result<String, String>;
     /// It serves from now on, or takes over: told to whoever started it.
     fn ready(&self);
     /// Something that a person should know.

@@ -15,16 +15,33 @@ use crate::rollout::view::Phase;
 #[serde(rename_all = "kebab-case")]
 pub enum Action {
     /// Find out what the generation is made of.
-    Prepare { generation: String },
-    Start { generation: String, id: String },
+    Prepare {
+        generation: String,
+    },
+    Start {
+        generation: String,
+        id: String,
+    },
     /// Ask it to end; `forget`: its log goes too.
-    Stop { target: String, id: String, forget: bool },
+    Stop {
+        target: String,
+        id: String,
+        forget: bool,
+    },
     /// Nothing of the generation is there: remove its logs.
-    Forget { generation: String },
+    Forget {
+        generation: String,
+    },
     /// Run the checks of the settings upon the generation, before or after the switch.
-    Check { generation: String, after: bool },
+    Check {
+        generation: String,
+        after: bool,
+    },
     /// Fetch the last lines.
-    Log { generation: String, id: String },
+    Log {
+        generation: String,
+        id: String,
+    },
     Tell(Verdict),
     Report(Status),
 }
@@ -55,7 +72,8 @@ pub fn actions(environment: &Environment, look: Look<'_>) -> Vec<Action> {
         if !generation.is_prepared() {
             actions.push(Action::Prepare { generation: generation.id.clone() });
         } else if starts(environment, generation) && is_free(environment, generation, look) {
-            let missing = |place: &Place| !look.seen.instances.contains_key(&place.id) && !look.seen.blind.contains(&place.target);
+            let missing =
+                |place: &Place| !look.seen.instances.contains_key(&place.id) && !look.seen.blind.contains(&place.target);
             let places = generation.places(look.name).into_iter().filter(missing);
             actions.extend(places.map(|place| Action::Start { generation: generation.id.clone(), id: place.id }));
         }
@@ -133,7 +151,9 @@ fn starts(environment: &Environment, generation: &Generation) -> bool {
 
 /// Whether blue still has what green needs alone.
 fn waits_for_blue(environment: &Environment) -> bool {
-    environment.active().is_some_and(|rollout| rollout.exclusive && environment.live.is_some() && environment.live == rollout.from)
+    environment
+        .active()
+        .is_some_and(|rollout| rollout.exclusive && environment.live.is_some() && environment.live == rollout.from)
 }
 
 /// Whether nothing is there that must not run beside it.

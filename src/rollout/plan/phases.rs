@@ -132,7 +132,8 @@ impl Environment {
             self.enter(look, Phase::PreSwitch, format!("healthy {healthy}/{wanted}"));
             return true;
         }
-        let own = |(id, instance): (&String, &Instance)| (instance.generation == generation.id).then(|| (id.clone(), instance.clone()));
+        let own =
+            |(id, instance): (&String, &Instance)| (instance.generation == generation.id).then(|| (id.clone(), instance.clone()));
         let mut own = look.seen.instances.iter().filter_map(own);
         if let Some((instance, found)) = own.find(|(_, found)| !found.healthy && found.restarts >= RESTARTS_MAX) {
             let last = found.last.map(|last| format!("; the last probe: {last}")).unwrap_or_default();
@@ -154,7 +155,8 @@ impl Environment {
         let (healthy, wanted) = look.healthy(&generation);
         let ill = places.iter().find(|place| !look.seen.instances.get(&place.id).is_some_and(|instance| instance.healthy));
         let said = ill.and_then(|place| look.seen.instances.get(&place.id)?.last.clone());
-        let unprepared = look.seen.prepared.get(&id).and_then(|prepared| prepared.as_ref().err()).map(|error| error.reason.clone());
+        let unprepared =
+            look.seen.prepared.get(&id).and_then(|prepared| prepared.as_ref().err()).map(|error| error.reason.clone());
         let why = unprepared.filter(|_| !generation.is_prepared()).or(said).or(refused.map(|(_, (error, _))| error.clone()));
         let why = why.map(|why| format!(": {why}")).unwrap_or_default();
         let reason = format!("{healthy}/{wanted} healthy after {} s{why}", deadline / 1000);

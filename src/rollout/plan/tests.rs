@@ -15,10 +15,8 @@ const NAME: &str = "shop/prod";
 fn generation(number: u8, instances: u32, exclusive: bool) -> Generation {
     let release = Digest::of([number]);
     let mode = if exclusive { Volume::Exclusive } else { Volume::Shared };
-    let programs = BTreeMap::from([(
-        "main".to_owned(),
-        Program { artifact: release, port: Some(80), health: None, volumes: Vec::new() },
-    )]);
+    let programs =
+        BTreeMap::from([("main".to_owned(), Program { artifact: release, port: Some(80), health: None, volumes: Vec::new() })]);
     Generation {
         id: release.short(),
         release,
@@ -46,8 +44,7 @@ impl World {
     fn new() -> Self {
         let wall = "2026-03-01T00:00:00Z".parse().unwrap();
         let settings = RolloutSettings { warm: Seconds(900), ..RolloutSettings::default() };
-        let wanted =
-            Wanted { generation: None, is_rollback: false, health: Status::Unknown, settings, together: None };
+        let wanted = Wanted { generation: None, is_rollback: false, health: Status::Unknown, settings, together: None };
         Self {
             environment: Environment::default(),
             wanted: Some(wanted),
@@ -365,9 +362,17 @@ fn failures_after_the_switch() {
             |world| world.figures(2, 1000, 50, 10.0),
             "50 of 1000 requests failed after the switch, 5.0 % where 2.0 % are allowed",
         ),
-        ("slow", |world| world.figures(2, 1000, 5, 400.0), "the 99th percentile of latency is 400 ms after the switch and was 20 ms"),
+        (
+            "slow",
+            |world| world.figures(2, 1000, 5, 400.0),
+            "the 99th percentile of latency is 400 ms after the switch and was 20 ms",
+        ),
         ("aborted", |world| world.environment.abort = Some(Pause { by: "Ann".into(), reason: String::new() }), "aborted by Ann"),
-        ("gone", |world| world.seen.instances.retain(|id, _| id.contains(&generation(1, 1, false).id)), "is not healthy any more"),
+        (
+            "gone",
+            |world| world.seen.instances.retain(|id, _| id.contains(&generation(1, 1, false).id)),
+            "is not healthy any more",
+        ),
     ];
     for (name, happens, reason) in cases {
         let mut world = World::with_blue(1, false);

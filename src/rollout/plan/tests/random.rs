@@ -157,7 +157,8 @@ impl Chaos {
                 let target = "main".to_owned();
                 let ill_since = Some(self.now.steady);
                 let (status, last) = (Running::Running, None);
-                let found = Instance { generation, target, status, restarts: 0, healthy: false, ill_since, last, memory: Some(1) };
+                let found =
+                    Instance { generation, target, status, restarts: 0, healthy: false, ill_since, last, memory: Some(1) };
                 self.world.entry(id).or_insert(found);
             }
             Action::Stop { id, .. } => {
@@ -212,7 +213,8 @@ impl Chaos {
                 Action::Start { generation, id } => {
                     let (status, ill_since, last) = (Running::Starting, Some(self.now.steady), None);
                     let (generation, target) = (generation.clone(), "main".to_owned());
-                    let found = Instance { generation, target, status, restarts: 0, healthy: false, ill_since, last, memory: None };
+                    let found =
+                        Instance { generation, target, status, restarts: 0, healthy: false, ill_since, last, memory: None };
                     self.seen.instances.entry(id.clone()).or_insert(found);
                 }
                 Action::Stop { id, .. } => {
