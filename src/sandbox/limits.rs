@@ -13,6 +13,9 @@ use super::protocol::Limits;
 /// Prefix of our control groups.
 const PREFIX: &str = "pipeline-step-";
 
+/// The group of what is not limited, in a group that was given to us.
+const MAIN: &str = "pipeline-main";
+
 /// The control groups of one command, removed on drop.
 #[derive(Debug, Default)]
 pub struct Group {
@@ -42,7 +45,10 @@ impl Group {
             if !controllers.is_empty() && !controllers.split(',').any(|name| ["memory", "pids", "cpu"].contains(&name)) {
                 continue;
             }
-            let above = root.join(path.trim_start_matches('/'));
+            let above = above(&root.join(path.trim_start_matches('/')));
+            if controllers.is_empty() && limits.kept {
+                make_room(&above);
+            }
             remove_empty(&above);
             let dir = above.join(format!("{PREFIX}{id}"));
             if fs_err::create_dir(&dir).is_err() {
@@ -160,12 +166,52 @@ fn quota(millis: u64) -> u64 {
     (millis * PERIOD / 1000).max(1000)
 }
 
+/// Where groups are made: this process's own, or the one above when [`make_room`] put it below.
+fn above(own: &Path) -> PathBuf {
+    if own.file_name().is_some_and(|name| name == MAIN) { own.parent().unwrap_or(own).into() } else { own.into() }
+}
+
+/// A group of the unified hierarchy gives its controllers to groups below only while no process is in it itself
+/// (kernel documentation, cgroup-v2, "No Internal Process Constraint"). Where systemd gave us the group (`Delegate=`, of
+/// which it leaves a mark), what is in it moves to a group of its own; elsewhere nothing is touched.
+fn make_room(own: &Path) {
+    let is_ours = ["user.delegate", "trusted.delegate"]
+        .iter()
+        .any(|name| xattr::get(own, name).is_ok_and(|value| value.as_deref() == Some(b"1".as_slice())));
+    if is_ours && !own.join(MAIN).join("cgroup.procs").exists() {
+        let _ = fs_err::create_dir(own.join(MAIN));
+    }
+    if is_ours {
+        give_controllers(own);
+    }
+}
+
+/// Moves the processes of a group to the one below, and gives its controllers to those below.
+fn give_controllers(own: &Path) {
+    let write = |path: PathBuf, text: &str| {
+        fs_err::OpenOptions::new()
+            .write(true)
+            .open(path)
+            .and_then(|mut file| std::io::Write::write_all(&mut file, text.as_bytes()))
+    };
+    // Processes may start others meanwhile.
+    for _ in 0..10 {
+        for pid in fs_err::read_to_string(own.join("cgroup.procs")).unwrap_or_default().lines() {
+            let _ = write(own.join(MAIN).join("cgroup.procs"), pid);
+        }
+        let given = ["+memory", "+pids", "+cpu"].map(|controller| write(own.join("cgroup.subtree_control"), controller).is_ok());
+        if given.contains(&true) {
+            return;
+        }
+    }
+}
+
 /// Removes groups that killed programs left beside this process's own.
 pub fn sweep() {
     for line in fs_err::read_to_string("/proc/self/cgroup").unwrap_or_default().lines() {
         let mut fields = line.splitn(3, ':').skip(1);
         let (Some(controllers), Some(path)) = (fields.next(), fields.next()) else { continue };
-        remove_empty(&Path::new("/sys/fs/cgroup").join(controllers).join(path.trim_start_matches('/')));
+        remove_empty(&above(&Path::new("/sys/fs/cgroup").join(controllers).join(path.trim_start_matches('/'))));
     }
 }
 
@@ -203,4 +249,56 @@ fn lock(dir: &Path) -> std::io::Result<OwnedFd> {
     )?;
     rustix::fs::flock(&fd, rustix::fs::FlockOperation::NonBlockingLockExclusive)?;
     Ok(fd)
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn limits_become_what_the_kernel_takes() {
+        let limits = Limits { memory: Some(5), processes: Some(7), millicpus: Some(1500), ..Limits::default() };
+        let text = |name, value: &str| (name, Some(value.to_string()));
+        assert_eq!(unified(&limits), [text("memory.max", "5"), text("pids.max", "7"), text("cpu.max", "150000 100000")]);
+        assert_eq!(
+            separate(&limits),
+            [text("memory.limit_in_bytes", "5"), text("pids.max", "7"), text("cpu.cfs_quota_us", "150000")]
+        );
+        assert_eq!(quota(1), 1000);
+    }
+
+    #[test]
+    fn a_group_is_not_made_below_the_one_of_what_is_not_limited() {
+        assert_eq!(above(Path::new("/a/b")), Path::new("/a/b"));
+        assert_eq!(above(Path::new("/a/b/pipeline-main")), Path::new("/a/b"));
+    }
+
+    #[test]
+    fn processes_move_down_before_controllers_are_given() {
+        let own = tempfile::tempdir().unwrap();
+        let write = |name: &str, text: &str| fs_err::write(own.path().join(name), text).unwrap();
+        fs_err::create_dir(own.path().join(MAIN)).unwrap();
+        for (name, text) in [("cgroup.procs", "12\n"), ("cgroup.subtree_control", ""), ("pipeline-main/cgroup.procs", "")] {
+            write(name, text);
+        }
+        // Without the mark nothing is touched.
+        make_room(own.path());
+        let read = |name: &str| fs_err::read_to_string(own.path().join(name)).unwrap();
+        assert_eq!((read("pipeline-main/cgroup.procs"), read("cgroup.subtree_control")), (String::new(), String::new()));
+        give_controllers(own.path());
+        assert_eq!(read("pipeline-main/cgroup.procs"), "12");
+        // The file of this test keeps what is written last; +cpu overwrites the start of +memory.
+        assert!(read("cgroup.subtree_control").starts_with("+cpu"));
+    }
+
+    #[test]
+    fn what_no_group_covers_is_told_for_what_is_kept() {
+        let limits = Limits { memory: Some(1), millicpus: Some(1), kept: true, ..Limits::default() };
+        let told = Group::default().missing(&limits);
+        assert_eq!(told.len(), 2);
+        assert!(told[0].contains("memory") && told[1].contains("processors"), "{told:?}");
+        assert!(Group::default().missing(&Limits { kept: false, ..limits }).is_empty());
+        let names: Vec<_> = Group::default().rlimits(&limits).into_iter().map(|(_, name, value)| (name, value)).collect();
+        assert_eq!(names, [("RLIMIT_DATA", 1)]);
+    }
 }

@@ -71,19 +71,29 @@ impl Log {
         self.write(format!("{start}pipeline: {text}\n").as_bytes());
     }
 
-    /// How many bytes were written when it fails, and why.
+    /// How many bytes were written when it fails, and why. A file ends with a line, unless lines are as long as files.
     fn try_write(&mut self, bytes: &[u8]) -> Result<(), (u64, String)> {
-        let told = |done: u64, error: &std::io::Error| {
-            let text = error.to_string();
-            (done, text.rsplit(": ").next().unwrap_or(&text).to_string())
+        let rest_of_line = match bytes.iter().position(|byte| *byte == b'\n') {
+            _ if self.at_line => 0,
+            Some(end) => end + 1,
+            None if self.written < self.max * 2 => bytes.len(),
+            None => 0,
         };
-        if self.written >= self.max {
-            self.file = None;
-            fs_err::rename(self.dir.join("log"), self.dir.join("log.1")).map_err(|error| told(0, &error))?;
+        let head = if self.written >= self.max { rest_of_line } else { bytes.len() };
+        self.append(&bytes[..head])?;
+        if head == bytes.len() {
+            return Ok(());
         }
+        let done = head as u64;
+        self.file = None;
+        fs_err::rename(self.dir.join("log"), self.dir.join("log.1")).map_err(|error| (done, words(&error)))?;
+        self.append(&bytes[head..]).map_err(|(more, why)| (done + more, why))
+    }
+
+    fn append(&mut self, bytes: &[u8]) -> Result<(), (u64, String)> {
         if self.file.is_none() {
             let file = fs_err::OpenOptions::new().create(true).append(true).open(self.dir.join("log"));
-            let file = file.map_err(|error| told(0, &error))?;
+            let file = file.map_err(|error| (0, words(&error)))?;
             self.written = file.metadata().map_or(0, |meta| meta.len());
             self.file = Some(file);
         }
@@ -97,11 +107,17 @@ impl Log {
                     self.written += count as u64;
                 }
                 Err(error) if error.kind() == std::io::ErrorKind::Interrupted => {}
-                Err(error) => return Err(told(done as u64, &error)),
+                Err(error) => return Err((done as u64, words(&error))),
             }
         }
         Ok(())
     }
+}
+
+/// The system's own words of an error that names its file.
+fn words(error: &std::io::Error) -> String {
+    let text = error.to_string();
+    text.rsplit(": ").next().unwrap_or(&text).to_string()
 }
 
 /// Gives the last `lines` lines in `dir` to `sink`, then with `follow` what comes, until `sink` answers false or

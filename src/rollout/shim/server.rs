@@ -201,11 +201,14 @@ impl Client {
     }
 
     fn state(&self) -> Result<State> {
+        let state = self.state.lock().ok().context("the state is broken")?.clone();
+        if state.status != Running::Running {
+            // The shim's own thread may be at work on its start.
+            return Ok(state);
+        }
         let (sender, answer) = mpsc::channel();
         self.asking.ask(Job::Memory(sender));
-        let memory = answer.recv_timeout(Duration::from_secs(1)).ok().flatten();
-        let state = self.state.lock().ok().context("the state is broken")?.clone();
-        Ok(State { memory: memory.filter(|_| state.status == Running::Running), ..state })
+        Ok(State { memory: answer.recv_timeout(Duration::from_secs(1)).ok().flatten(), ..state })
     }
 
     fn hand_over(&self, count: usize) -> Result<()> {
