@@ -52,7 +52,7 @@ impl Daemon {
         } else {
             tool("podman", "podman");
             let mut command = Command::new("podman");
-            command.args(["--root", &path("data"), "--runroot", &path("exec"), "system", "service", "--time=0"]);
+            command.args(["--log-level=info", "--root", &path("data"), "--runroot", &path("exec"), "system", "service", "--time=0"]);
             command.arg(format!("unix://{}", path("sock")));
             command
         };
