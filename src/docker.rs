@@ -596,7 +596,7 @@ async fn memory(client: &Client, id: &str) -> Option<u64> {
     let cache =
         stats.stats.as_ref().and_then(|stats| stats.get("inactive_file").or_else(|| stats.get("total_inactive_file"))).copied();
     let usage = stats.usage?;
-    Some(usage.saturating_sub(cache.and_then(|cache| u64::try_from(cache).ok()).unwrap_or(0)))
+    Some(usage.saturating_sub(cache.unwrap_or(0)))
 }
 
 fn body(container: &Container) -> ContainerCreateBody {

@@ -2,12 +2,12 @@
 
 mod common;
 
+#[allow(dead_code, reason = "shared with another test")]
+#[path = "machines/disk.rs"]
+mod disk;
 #[path = "engines/docker.rs"]
 mod docker;
 #[path = "engines/image.rs"]
 mod image;
 #[path = "engines/machine.rs"]
 mod machine;
-#[allow(dead_code, reason = "shared with another test")]
-#[path = "machines/disk.rs"]
-mod disk;

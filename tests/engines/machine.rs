@@ -108,7 +108,8 @@ fn strings(argv: &[&str]) -> Vec<String> {
 
 /// Processes whose command line holds `text`.
 fn processes(text: &str) -> Vec<i32> {
-    let holds = |pid: &i32| fs_err::read(format!("/proc/{pid}/cmdline")).is_ok_and(|line| String::from_utf8_lossy(&line).contains(text));
+    let holds =
+        |pid: &i32| fs_err::read(format!("/proc/{pid}/cmdline")).is_ok_and(|line| String::from_utf8_lossy(&line).contains(text));
     let names = fs_err::read_dir("/proc").unwrap().flatten().filter_map(|entry| entry.file_name().to_str()?.parse().ok());
     names.filter(holds).collect()
 }
@@ -174,11 +175,12 @@ fn a_machine_from_start_to_forget_and_its_data_in_the_next() {
     let journal = read(&target, &blue.id);
     assert!(journal.contains("Listening at") && !journal.contains("-- cursor"), "{journal}");
     let mut chunks = 0;
-    target.logs(&blue.id, 1, true, &mut |_| {
-        chunks += 1;
-        chunks < 3
-    })
-    .unwrap();
+    target
+        .logs(&blue.id, 1, true, &mut |_| {
+            chunks += 1;
+            chunks < 3
+        })
+        .unwrap();
     post(world.address(&blue.id).unwrap(), "/api/notes", r#"{"title": "Kept in the volume", "body": "yes"}"#);
 
     // It is asked to end, and its data outlives it.
@@ -278,10 +280,7 @@ fn programs_in_place_of_qemu() {
     let machine = folder(&world.around.state.join("machines").join(&spec.id).join("disk.qcow2"));
     let credentials = folder(&world.around.runtime.join("secrets").join(&spec.id));
     let lines: Vec<&str> = asked.lines().filter(|line| !line.starts_with("address")).collect();
-    let expected = [
-        format!("start {} {machine} {credentials} 512,1,8080", spec.id),
-        format!("stop {} 30", spec.id),
-    ];
+    let expected = [format!("start {} {machine} {credentials} 512,1,8080", spec.id), format!("stop {} 30", spec.id)];
     assert_eq!(lines, expected);
     assert!(!Path::new(&credentials).exists() && !Path::new(&machine).exists());
     target.forget(&spec.id).unwrap();

@@ -37,8 +37,7 @@ pub fn make(runtime: &Path, id: &str) -> Result<PathBuf> {
     fs_err::create_dir_all(&all)?;
     fs_err::set_permissions(&all, PermissionsExt::from_mode(0o700))?;
     let about = rustix::fs::statfs(&all).with_context(|| format!("cannot look at `{}`", all.display()))?;
-    #[expect(clippy::unnecessary_cast, reason = "its type is another on other machines")]
-    if !IN_MEMORY.contains(&(about.f_type as i64)) {
+    if !IN_MEMORY.contains(&about.f_type) {
         let message = format!("secrets would lie on a disk: `{}` is not on a file system in memory", all.display());
         return Err(Problem::failed(message)
             .hint("`/run` is one on most machines; start the daemon with its sockets there")

@@ -267,12 +267,8 @@ mod tests {
             (&several, Some("nothing"), "notes", Err("the disk has no app `nothing`")),
         ];
         for (apps, wanted, pipeline, expected) in cases {
-            let found = app(apps, wanted, pipeline).map(|app| app.name.as_str()).map_err(|error| error.to_string());
-            assert_eq!(
-                found.as_deref().map_err(String::as_str),
-                expected,
-                "{wanted:?} {pipeline}"
-            );
+            let found = app(apps, wanted, pipeline).map(|app| app.name.clone()).map_err(|error| error.to_string());
+            assert_eq!(found, expected.map(str::to_owned).map_err(str::to_owned), "{wanted:?} {pipeline}");
         }
     }
 
