@@ -5,6 +5,7 @@ mod common;
 
 use std::path::{Path, PathBuf};
 use std::process::{Command, Output};
+use std::sync::OnceLock;
 
 use common::repository;
 
@@ -16,10 +17,21 @@ fn run(command: &mut Command) -> String {
     stdout.into_owned()
 }
 
-/// Builds the package of the program under test.
-fn package(folder: &Path) -> PathBuf {
+/// The package of the program under test, built once, in a folder of its own.
+fn package() -> &'static Path {
+    static BUILT: OnceLock<(tempfile::TempDir, PathBuf)> = OnceLock::new();
+    let built = BUILT.get_or_init(|| {
+        let folder = tempfile::tempdir().unwrap();
+        let package = build(folder.path());
+        (folder, package)
+    });
+    &built.1
+}
+
+/// Builds it, without compression, which takes longer than everything else.
+fn build(folder: &Path) -> PathBuf {
     let tool = repository().join("tools/deb");
-    let printed = run(Command::new(tool).arg(env!("CARGO_BIN_EXE_pipeline")).arg(folder));
+    let printed = run(Command::new(tool).arg(env!("CARGO_BIN_EXE_pipeline")).arg(folder).arg("none"));
     PathBuf::from(printed.lines().last().unwrap())
 }
 
@@ -57,9 +69,9 @@ fn thrown_away(folder: &Path, script: &str) -> String {
 #[test]
 fn what_is_in_the_package() {
     let folder = tempfile::tempdir().unwrap();
-    let (one, two) = (package(&folder.path().join("one")), package(&folder.path().join("two")));
-    assert!(fs_err::read(&one).unwrap() == fs_err::read(&two).unwrap(), "two packages of one program differ");
-    let listed = run(Command::new("dpkg-deb").arg("--contents").arg(&one));
+    let (one, two) = (package(), build(folder.path()));
+    assert!(fs_err::read(one).unwrap() == fs_err::read(&two).unwrap(), "two packages of one program differ");
+    let listed = run(Command::new("dpkg-deb").arg("--contents").arg(one));
     // Mode, owner and name of what is no folder.
     let files: Vec<String> = listed
         .lines()
@@ -88,7 +100,7 @@ fn what_is_in_the_package() {
     }
     let foreign: Vec<&String> = files.iter().filter(|file| !file.contains(" root/root ./usr/")).collect();
     assert!(foreign.is_empty(), "{foreign:?}");
-    let needs = run(Command::new("dpkg-deb").args(["--field"]).arg(&one).arg("Depends"));
+    let needs = run(Command::new("dpkg-deb").args(["--field"]).arg(one).arg("Depends"));
     for package in ["libc6 (>= 2.", "uidmap", "passwd", "systemd | systemd-standalone-sysusers"] {
         assert!(needs.contains(package), "{needs}");
     }
@@ -96,8 +108,7 @@ fn what_is_in_the_package() {
 
 #[test]
 fn it_installs_upgrades_and_goes() {
-    let folder = tempfile::tempdir().unwrap();
-    let package = package(folder.path());
+    let package = package();
     let name = package.file_name().unwrap().to_str().unwrap();
     let script = format!(
         r#"
@@ -131,7 +142,7 @@ fn it_installs_upgrades_and_goes() {
         echo "left $(ls /var/lib/pipeline)"
         "#
     );
-    let told = thrown_away(folder.path(), &script);
+    let told = thrown_away(package.parent().unwrap(), &script);
     let version = run(Command::new(env!("CARGO_BIN_EXE_pipeline")).arg("--version"));
     let expected = [
         &format!("version {}", version.trim()),

@@ -1,23 +1,22 @@
 //! `pipeline logs` and `exec`: into the instances of an environment, past the daemon, so that they work without one too.
 
 use std::io::{IsTerminal as _, Write as _};
+use std::sync::Mutex;
 use std::sync::atomic::{AtomicBool, Ordering};
-use std::sync::{Arc, Mutex};
 
 use anyhow::{Context as _, Result};
 use serde_json::json;
 
 use super::daemon::Daemon;
 use super::desk::{Office, Place};
-use super::{Global, follow};
-use crate::build::host::Host;
+use super::{Global, follow, ui};
 use crate::config::types as config;
 use crate::error::Problem;
 use crate::rollout::target::{Found, Target};
 use crate::rollout::view::{Color, View};
 
 /// Makes the target of some settings.
-pub type Targets = dyn Fn(&Global, &Host, &config::Target) -> Result<Arc<dyn Target>>;
+pub type Targets = dyn Fn(&ui::Surroundings, &config::Target) -> Result<Box<dyn Target>>;
 
 /// Lines of the log that are shown when nothing is said.
 const LINES: usize = 100;
@@ -75,7 +74,7 @@ fn color(text: &str) -> Result<Color, String> {
 /// An instance, and the settings of its target.
 struct Chosen {
     one: One,
-    target: Arc<dyn Target>,
+    target: Box<dyn Target>,
 }
 
 /// An instance as far as choosing needs it.
@@ -197,7 +196,7 @@ fn choose(global: &Global, environment: &str, pipeline: Option<&str>, which: &Wh
             }
             let mut found = Vec::new();
             for (name, settings) in &policy.targets {
-                let all = targets(global, &office.around.host, settings)?.list()?;
+                let all = targets(&office.around, settings)?.list()?;
                 let ours = |one: &Found| one.environment == place.name() && one.target == *name;
                 found.extend(all.into_iter().filter(ours).map(|found| One {
                     id: found.id,
@@ -215,7 +214,7 @@ fn choose(global: &Global, environment: &str, pipeline: Option<&str>, which: &Wh
         .map(|one| {
             let settings = policy.targets.get(&one.target).filter(|settings| settings.kind() == one.kind).cloned();
             let settings = settings.unwrap_or_else(|| plain(&one.kind));
-            Ok(Chosen { target: targets(global, &office.around.host, &settings)?, one })
+            Ok(Chosen { target: targets(&office.around, &settings)?, one })
         })
         .collect()
 }
