@@ -267,7 +267,8 @@ fn latency(mut microseconds: Vec<u32>) -> Latency {
     microseconds.sort_unstable();
     let Some(&most) = microseconds.last() else { return Latency::default() };
     let of = |share: f64| f64::from(microseconds[((microseconds.len() as f64 * share).ceil() as usize).max(1) - 1]) / 1e3;
-    let mean = microseconds.iter().map(|&one| f64::from(one)).sum::<f64>() / microseconds.len() as f64 / 1e3;
+    let sum: u64 = microseconds.iter().map(|&one| u64::from(one)).sum();
+    let mean = (sum / microseconds.len() as u64) as f64 / 1e3;
     Latency { mean, p50: of(0.5), p90: of(0.9), p99: of(0.99), p999: of(0.999), most: f64::from(most) / 1e3 }
 }
 
