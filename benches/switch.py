@@ -502,7 +502,6 @@ class Site:
 
     Each command returns when the change is made. `promote(number)` is the command that brings up a version that was not there
     before, and `rollback` the one that goes back to the version before; `forward` goes on again to a version that is still warm.
-    `version()` asks nothing: it is what the load client sees (`x-load-version`).
     """
 
     address: str
