@@ -8,7 +8,9 @@ import json
 import os
 import re
 import resource
+import shlex
 import shutil
+import signal
 import socket
 import ssl
 import statistics
@@ -38,7 +40,7 @@ PROTOCOLS = {"HTTP/1.1": ("plain", ["--h1"], 1), "h2": ("h2", [], 4), "HTTP/1.1,
 LARGE, FLIGHT, FLIGHT_LARGE = 1_000_000, 64, 8
 # Files that a proxy or a client with IDLE connections may open, at least and at most.
 LEAST_FILES, FILES = IDLE + 1000, 40_000
-START_SECONDS = 20
+START_SECONDS, HANG_SECONDS = 20, 60
 # Requests per second of the client while versions are changed, and the seconds that it goes on after each.
 CLIENT_RATE, SETTLE_SECONDS = 2000, 0.5
 
@@ -69,7 +71,8 @@ class Proxy:
     def start(self, bench):
         log = bench.folder / f"{self.name}.log"
         with open(log, "ab") as output:
-            self.process = subprocess.Popen(pinned(bench.core, self.argv), stdin=subprocess.DEVNULL, stdout=output, stderr=output, env=bench.env, preexec_fn=peers.die_with_parent)
+            # By SIGTERM: the workers of nginx outlive a master that is killed.
+            self.process = subprocess.Popen(pinned(bench.core, self.argv), stdin=subprocess.DEVNULL, stdout=output, stderr=output, env=bench.env, preexec_fn=lambda: peers.die_with_parent(signal.SIGTERM))
         deadline = time.monotonic() + START_SECONDS
         while not all(listens(port) for port in self.ports.values()):
             if self.process.poll() is not None or time.monotonic() > deadline:
@@ -391,9 +394,16 @@ def h2load(bench, proxy, protocol, size, load, rate=None):
     argv += ["--log-file", log] if rate else []
     argv += ["--rps", f"{rate / clients:.4f}"] if rate else []
     argv = pinned(bench.load_core, [*argv, address(proxy, port, size)])
-    before, started = proxy.processor_seconds(), time.perf_counter()
-    output = call(argv, env=bench.env)
-    share = (proxy.processor_seconds() - before) / (time.perf_counter() - started)
+    process = subprocess.Popen(argv, env=bench.env, stdin=subprocess.DEVNULL, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True, preexec_fn=peers.die_with_parent)
+    try:
+        share = in_the_middle(proxy, seconds)
+        output, _ = process.communicate(timeout=HANG_SECONDS)
+    except subprocess.TimeoutExpired as error:
+        raise Failed(f"`{shlex.join(map(str, argv))}` does not end") from error
+    finally:
+        process.kill()
+        process.wait()
+    check(argv, process.returncode, output)
     found = re.search(r"finished in [^,]+, ([\d.]+) req/s", output)
     failed = re.search(r"(\d+) failed, (\d+) errored, (\d+) timeout", output)
     status = re.search(r"status codes: (\d+) 2xx, (\d+) 3xx, (\d+) 4xx, (\d+) 5xx", output)
@@ -405,6 +415,14 @@ def h2load(bench, proxy, protocol, size, load, rate=None):
     if rate:
         load.p99s.append(p99(log))
     return argv
+
+
+def in_the_middle(proxy, seconds):
+    """The share of its core that the proxy uses in the middle of a run that begins now, without the warming up and the end."""
+    time.sleep(WARM_SECONDS + 0.2 * seconds)
+    before, started = proxy.processor_seconds(), time.perf_counter()
+    time.sleep(0.6 * seconds)
+    return (proxy.processor_seconds() - before) / (time.perf_counter() - started)
 
 
 def p99(log):
@@ -484,7 +502,6 @@ class Site:
 
     Each command returns when the change is made. `promote(number)` is the command that brings up a version that was not there
     before, and `rollback` the one that goes back to the version before; `forward` goes on again to a version that is still warm.
-    `version()` asks nothing: it is what the load client sees (`x-load-version`).
     """
 
     address: str

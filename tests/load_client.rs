@@ -296,7 +296,7 @@ fn more_than_was_asked_for_is_lost() {
 #[test]
 fn a_server_that_is_not_there_is_lost_every_time() {
     let address = TcpListener::bind("127.0.0.1:0").unwrap().local_addr().unwrap();
-    for kind in ["h1", "h2", "upload", "ws", "sse", "large"] {
+    for kind in ["h1", "h2", "upload", "ws", "sse", "sse2", "large"] {
         let report = run(address, &format!("--mix {kind} --connections 1 --limit 3"));
         assert_eq!(report.reasons, [(format!("{kind}: {}", Lost::REFUSED), 3)].into(), "{report}");
         assert_eq!((report.requests, only(&report, kind).connections), (3, 0), "{report}");

@@ -82,7 +82,8 @@ impl Configuration {
     }
 
     fn table(&self) -> Result<Table> {
-        let instance = |address: &SocketAddr| Instance { id: address.to_string(), address: Address::Tcp(*address), port: address.port() };
+        let instance =
+            |address: &SocketAddr| Instance { id: address.to_string(), address: Address::Tcp(*address), port: address.port() };
         let pools = self.pools.iter().map(|(name, addresses)| (name.clone(), addresses.iter().map(instance).collect())).collect();
         let routes = vec![Route { host: None, path: "/".into(), strip: false, redirect: None }];
         let service = Service { routes, pools, live: self.live.clone(), preview: None, mode: Mode::Serve, drain: self.drain()? };

@@ -32,6 +32,8 @@ pub enum Kind {
     Ws,
     /// An event stream
     Sse,
+    /// The same over HTTP/2
+    Sse2,
     /// Downloads of 8 MiB, slowly read
     Large,
 }
@@ -44,6 +46,7 @@ impl Kind {
             Self::Upload => "upload",
             Self::Ws => "ws",
             Self::Sse => "sse",
+            Self::Sse2 => "sse2",
             Self::Large => "large",
         }
     }
@@ -141,9 +144,11 @@ pub struct Book {
 impl Book {
     /// An empty one; `answers` is a file for a line per answer: sent, answered, version, kind, and when the upstream read the request (or 0).
     pub fn new(answers: Option<&Path>) -> Result<Self> {
+        let answers = answers.map(File::create).transpose()?.map(std::io::BufWriter::new);
+        let (start, started) = both_clocks();
         let report = Report {
             format: 1,
-            started: super::monotonic(),
+            started,
             ended: 0,
             requests: 0,
             lost: 0,
@@ -153,8 +158,7 @@ impl Book {
             versions: BTreeMap::new(),
             close_codes: BTreeMap::new(),
         };
-        let answers = answers.map(File::create).transpose()?.map(std::io::BufWriter::new);
-        Ok(Self { report, start: Instant::now(), answers })
+        Ok(Self { report, start, answers })
     }
 
     fn at(&self, instant: Instant) -> u64 {
@@ -249,11 +253,22 @@ impl Book {
     }
 }
 
+/// The same moment in both clocks, which are one, as exactly as it can be had: nothing came between.
+fn both_clocks() -> (Instant, u64) {
+    let look = |_| {
+        let (before, now) = (Instant::now(), super::monotonic());
+        (before.elapsed(), before, now)
+    };
+    let (_, start, started) = (0..100).map(look).min_by_key(|(took, ..)| *took).expect("there are a hundred");
+    (start, started)
+}
+
 fn latency(mut microseconds: Vec<u32>) -> Latency {
     microseconds.sort_unstable();
     let Some(&most) = microseconds.last() else { return Latency::default() };
     let of = |share: f64| f64::from(microseconds[((microseconds.len() as f64 * share).ceil() as usize).max(1) - 1]) / 1e3;
-    let mean = microseconds.iter().map(|&one| f64::from(one)).sum::<f64>() / microseconds.len() as f64 / 1e3;
+    let sum: u64 = microseconds.iter().map(|&one| u64::from(one)).sum();
+    let mean = (sum / microseconds.len() as u64) as f64 / 1e3;
     Latency { mean, p50: of(0.5), p90: of(0.9), p99: of(0.99), p999: of(0.999), most: f64::from(most) / 1e3 }
 }
 

@@ -9,6 +9,7 @@ use std::thread;
 
 use bytes::Bytes as Piece;
 
+use super::load::upstream::event;
 use super::load::wire::Lost;
 use super::{Asked, only, run};
 
@@ -123,6 +124,76 @@ fn bad_streams_of_http_2_are_lost() {
         assert_eq!(reasons, expected, "{second:?}: {report}");
         assert_eq!(figures.connections, *connections, "{second:?}: {report}");
         assert_eq!(figures.closed_by_server, u64::from(*second == Second::Graceful), "{second:?}: {report}");
+    }
+}
+
+/// How an event stream over HTTP/2 ends, after its events.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+enum Ends {
+    Well,
+    Inside,
+    Reset,
+    Dropped,
+}
+
+fn serve_events(numbers: &'static [u64], ends: Ends) -> SocketAddr {
+    let listener = TcpListener::bind("127.0.0.1:0").unwrap();
+    let address = listener.local_addr().unwrap();
+    thread::spawn(move || {
+        let runtime = tokio::runtime::Builder::new_current_thread().enable_all().build().unwrap();
+        runtime.block_on(async {
+            listener.set_nonblocking(true).unwrap();
+            let listener = tokio::net::TcpListener::from_std(listener).unwrap();
+            loop {
+                let (socket, _) = listener.accept().await.unwrap();
+                let mut connection = h2::server::handshake(socket).await.unwrap();
+                while let Some(Ok((request, mut answer))) = connection.accept().await {
+                    let asked = Asked { number: 0, head: format!("GET {} HTTP/2", request.uri().path_and_query().unwrap()) };
+                    let first = request
+                        .headers()
+                        .get("last-event-id")
+                        .map_or(0, |last| last.to_str().unwrap().parse::<u64>().unwrap() + 1);
+                    let head =
+                        http::Response::builder().header("x-load-version", "bad").header("content-type", "text/event-stream");
+                    let head = head.header("x-load-id", request.headers()["x-load-id"].to_str().unwrap());
+                    let mut stream = answer.send_response(head.body(()).unwrap(), false).unwrap();
+                    let mut text: String =
+                        numbers.iter().map(|number| event(asked.query("seed"), first + number, "bad")).collect();
+                    if ends == Ends::Inside {
+                        text.push_str("id: ");
+                    }
+                    stream.send_data(text.into(), matches!(ends, Ends::Well | Ends::Inside)).unwrap();
+                    match ends {
+                        Ends::Reset => stream.send_reset(h2::Reason::CANCEL),
+                        Ends::Dropped => break,
+                        _ => (),
+                    }
+                }
+            }
+        });
+    });
+    address
+}
+
+#[test]
+fn event_streams_of_http_2_end_whole_and_lose_no_event() {
+    // (events after the last one seen, end, reason; empty: restarts)
+    let cases: &[(&[u64], Ends, &str)] = &[
+        (&[0, 1, 2], Ends::Well, ""),
+        (&[], Ends::Well, ""),
+        (&[0], Ends::Inside, Lost::TRUNCATED),
+        (&[0], Ends::Reset, Lost::STREAM),
+        (&[0], Ends::Dropped, Lost::RESET),
+        (&[0, 0], Ends::Well, Lost::WRONG_EVENT),
+        (&[1], Ends::Well, Lost::WRONG_EVENT),
+    ];
+    for (numbers, ends, reason) in cases {
+        let report = run(serve_events(numbers, *ends), "--mix sse2 --connections 1 --limit 2 --timeout 5");
+        let figures = only(&report, "sse2");
+        let restarts = if reason.is_empty() { 2 } else { 0 };
+        assert_eq!((figures.requests, figures.lost, figures.restarts), (2, 2 - restarts, restarts), "{ends:?}: {report}");
+        let expected = if restarts > 0 { [].into() } else { [(format!("sse2: {reason}"), 2)].into() };
+        assert_eq!(report.reasons, expected, "{ends:?}: {report}");
     }
 }
 

@@ -64,7 +64,8 @@ pub async fn run(session: &Session) {
     }
 }
 
-async fn open(session: &Session) -> Result<SendRequest<Piece>, Lost> {
+/// A new connection.
+pub async fn open(session: &Session) -> Result<SendRequest<Piece>, Lost> {
     let socket = session.connect().await?;
     let mut builder = h2::client::Builder::new();
     builder.initial_window_size(STREAM_WINDOW).initial_connection_window_size(CONNECTION_WINDOW).enable_push(false);
@@ -108,12 +109,7 @@ async fn requests(session: Session, mut sender: SendRequest<Piece>, stream: usiz
 }
 
 async fn exchange(session: &Session, sender: &mut SendRequest<Piece>, request: &Request) -> Result<(By, u64), Lost> {
-    let scheme = if session.tls.is_some() { "https" } else { "http" };
-    let mut head = http::Request::builder()
-        .version(Version::HTTP_2)
-        .method(request.method)
-        .uri(format!("{scheme}://{}{}", session.host(), session.path(&request.path)))
-        .header("x-load-id", request.id());
+    let mut head = head(session, request.method, &request.path, &request.id());
     head = match request.upload {
         None => head.header("te", "trailers"),
         Some(Upload { chunked: false, length, .. }) => head.header("content-length", length),
@@ -138,11 +134,19 @@ async fn exchange(session: &Session, sender: &mut SendRequest<Piece>, request: &
     Ok((by, bytes))
 }
 
-fn field(fields: &HeaderMap, name: &str) -> Option<String> {
+pub fn field(fields: &HeaderMap, name: &str) -> Option<String> {
     Some(fields.get(name)?.to_str().ok()?.to_owned())
 }
 
-async fn piece(body: &mut RecvStream) -> Result<Option<Piece>, Lost> {
+/// The head of a request, so far.
+pub fn head(session: &Session, method: &str, path: &str, id: &str) -> http::request::Builder {
+    let scheme = if session.tls.is_some() { "https" } else { "http" };
+    let uri = format!("{scheme}://{}{}", session.host(), session.path(path));
+    http::Request::builder().version(Version::HTTP_2).method(method).uri(uri).header("x-load-id", id)
+}
+
+/// The next piece of a body.
+pub async fn piece(body: &mut RecvStream) -> Result<Option<Piece>, Lost> {
     let Some(piece) = body.data().await else { return Ok(None) };
     let piece = piece.map_err(|error| lost(&error))?;
     // It was read: as much may come again.
@@ -166,7 +170,7 @@ async fn send_body(session: &Session, body: &mut SendStream<Piece>, upload: &Upl
 }
 
 /// What an error of HTTP/2 is counted as.
-fn lost(error: &h2::Error) -> Lost {
+pub fn lost(error: &h2::Error) -> Lost {
     let text = error.to_string();
     if let Some(error) = error.get_io() {
         return Lost::io(error);

@@ -67,7 +67,7 @@ pub struct ClientArgs {
     #[arg(long)]
     pub closed: bool,
     /// What the connections are used for, in turns; a word several times gets more of them
-    #[arg(long, value_enum, value_delimiter = ',', default_value = "h1,h2,upload,ws,sse,large")]
+    #[arg(long, value_enum, value_delimiter = ',', default_value = "h1,h2,upload,ws,sse,sse2,large")]
     pub mix: Vec<Kind>,
     /// Requests at a time on a connection of HTTP/2
     #[arg(long, value_name = "N", default_value_t = 4)]
@@ -132,7 +132,7 @@ pub async fn load(args: &ClientArgs) -> Result<Report> {
             args: Rc::new(args.clone()),
             book: book.clone(),
             stop: stop.clone(),
-            tls: if kind == Kind::H2 { tls2.clone() } else { tls.clone() },
+            tls: if matches!(kind, Kind::H2 | Kind::Sse2) { tls2.clone() } else { tls.clone() },
             period: args.rate.filter(|_| asks(kind, args) > 0).map(|rate| Duration::from_secs_f64(askers as f64 / rate)),
             place: (first, askers),
             begun: Rc::default(),
@@ -156,7 +156,7 @@ fn asks(kind: Kind, args: &ClientArgs) -> usize {
     match kind {
         Kind::H1 | Kind::Upload => 1,
         Kind::H2 => args.streams,
-        Kind::Ws | Kind::Sse | Kind::Large => 0,
+        Kind::Ws | Kind::Sse | Kind::Sse2 | Kind::Large => 0,
     }
 }
 
@@ -215,7 +215,7 @@ impl Session {
             Kind::H1 | Kind::Upload | Kind::Large => h1::run(&self).await,
             Kind::H2 => h2::run(&self).await,
             Kind::Ws => stream::websockets(&self).await,
-            Kind::Sse => stream::events(&self).await,
+            Kind::Sse | Kind::Sse2 => stream::events(&self).await,
         }
     }
 

@@ -7,9 +7,10 @@ use base64::engine::general_purpose::STANDARD;
 use tokio::time::{Interval, MissedTickBehavior, interval, sleep};
 
 use super::super::bytes::{Bytes, mix};
+use super::super::report::Kind;
 use super::super::upstream::event;
 use super::super::websocket::{AWAY, CLOSE, NORMAL, PING, PONG, RESTART, TEXT, accept, close, encode, read};
-use super::super::wire::{Lost, Wire};
+use super::super::wire::{Body, Head, Lost, Wire};
 use super::Session;
 
 /// Lengths of messages in bytes, in turns: every form of the length of a frame.
@@ -54,24 +55,38 @@ async fn ended(session: &Session, end: Result<End, Lost>) {
     sleep(REOPEN).await;
 }
 
-/// Sends the head of a request and reads that of its answer.
-async fn open(
-    session: &Session,
-    path: &str,
-    id: &str,
-    fields: &str,
+/// What the head of an answer says, whichever way it came.
+struct Answer {
     status: u16,
-) -> Result<(Wire, super::super::wire::Head), Lost> {
+    fields: Vec<(String, String)>,
+}
+
+impl Answer {
+    fn field(&self, name: &str) -> Option<&str> {
+        self.fields.iter().find(|(found, _)| found == name).map(|(_, value)| value.as_str())
+    }
+
+    /// The status, and whose answer it is.
+    fn check(&self, path: &str, id: &str, status: u16) -> Result<(), Lost> {
+        if self.status != status {
+            return Err(Lost::new(Lost::WRONG_STATUS, format!("{path}: {} instead of {status}", self.status)));
+        }
+        if self.field("x-load-id") != Some(id) {
+            return Err(Lost::new(
+                Lost::WRONG_ANSWER,
+                format!("{path}: the answer to {:?}, not to {id}", self.field("x-load-id")),
+            ));
+        }
+        Ok(())
+    }
+}
+
+/// Sends the head of a request over HTTP/1.1 and reads that of its answer.
+async fn open(session: &Session, path: &str, id: &str, fields: &str) -> Result<(Wire, Head), Lost> {
     let mut wire = session.wire().await?;
     let head = format!("GET {} HTTP/1.1\r\nhost: {}\r\nx-load-id: {id}\r\n{fields}\r\n", session.path(path), session.host());
     session.timely(path, wire.send(head.as_bytes())).await?;
     let head = session.timely(path, wire.response()).await?;
-    if head.status != status {
-        return Err(Lost::new(Lost::WRONG_STATUS, format!("{path}: {} instead of {status}", head.status)));
-    }
-    if head.field("x-load-id") != Some(id) {
-        return Err(Lost::new(Lost::WRONG_ANSWER, format!("{path}: the answer to {:?}, not to {id}", head.field("x-load-id"))));
-    }
     Ok((wire, head))
 }
 
@@ -101,7 +116,9 @@ async fn websocket(session: &Session, seed: u64) -> Result<End, Lost> {
         format!("connection: Upgrade\r\nupgrade: websocket\r\nsec-websocket-version: 13\r\nsec-websocket-key: {key}\r\n");
     let opened = Instant::now();
     let path = format!("/ws?push={}", session.args.interval);
-    let (mut wire, head) = open(session, &path, &format!("{seed:x}"), &fields, 101).await?;
+    let id = format!("{seed:x}");
+    let (mut wire, head) = open(session, &path, &id, &fields).await?;
+    Answer { status: head.status, fields: head.fields.clone() }.check(&path, &id, 101)?;
     if head.field("sec-websocket-accept") != Some(&accept(&key))
         || !head.has("upgrade", "websocket")
         || !head.has("connection", "upgrade")
@@ -215,27 +232,64 @@ impl Open<'_> {
     }
 }
 
+/// Where events come from.
+enum Source {
+    One(Wire, Body),
+    Two(h2::RecvStream),
+}
+
+impl Source {
+    /// Asks for the events after `last`.
+    async fn open(session: &Session, path: &str, id: &str, last: Option<u64>) -> Result<(Self, Answer), Lost> {
+        let accept = "text/event-stream";
+        if session.kind == Kind::Sse {
+            let last = last.map_or(String::new(), |last| format!("last-event-id: {last}\r\n"));
+            let (wire, head) = open(session, path, id, &format!("accept: {accept}\r\n{last}")).await?;
+            let body = head.body("GET")?;
+            return Ok((Self::One(wire, body), Answer { status: head.status, fields: head.fields }));
+        }
+        let mut sender = super::h2::open(session).await?;
+        let mut head = super::h2::head(session, "GET", path, id).header("accept", accept);
+        if let Some(last) = last {
+            head = head.header("last-event-id", last);
+        }
+        let head = head.body(()).map_err(|error| Lost::new(Lost::MALFORMED, error.to_string()))?;
+        let (answer, _) = sender.send_request(head, true).map_err(|error| super::h2::lost(&error))?;
+        let answer = session.timely(path, async { answer.await.map_err(|error| super::h2::lost(&error)) }).await?;
+        let (parts, body) = answer.into_parts();
+        let names = parts.headers.keys().map(|name| name.as_str().to_owned());
+        let fields = names.filter_map(|name| Some((name.clone(), super::h2::field(&parts.headers, &name)?))).collect();
+        Ok((Self::Two(body), Answer { status: parts.status.as_u16(), fields }))
+    }
+
+    async fn piece(&mut self) -> Result<Option<bytes::Bytes>, Lost> {
+        match self {
+            Self::One(wire, body) => wire.piece(body).await,
+            Self::Two(body) => super::h2::piece(body).await,
+        }
+    }
+}
+
 /// An event stream until its end: every event once, in order.
 async fn event_stream(session: &Session, seed: u64, id: u64, next: &mut u64) -> Result<End, Lost> {
-    let last = next.checked_sub(1).map_or(String::new(), |last| format!("last-event-id: {last}\r\n"));
     let path = format!("/sse?seed={seed}&interval={}", session.args.interval);
-    let opened = Instant::now();
-    let (mut wire, head) = open(session, &path, &format!("{id:x}"), &format!("accept: text/event-stream\r\n{last}"), 200).await?;
-    if head.field("content-type") != Some("text/event-stream") {
-        return Err(Lost::new(Lost::WRONG_ANSWER, format!("{path}: {:?}", head.field("content-type"))));
-    }
-    let version = head.field("x-load-version").unwrap_or_default().to_owned();
-    let mut body = head.body("GET")?;
-    if body.until_close() {
+    let (opened, id) = (Instant::now(), format!("{id:x}"));
+    let (mut source, answer) = Source::open(session, &path, &id, next.checked_sub(1)).await?;
+    answer.check(&path, &id, 200)?;
+    if matches!(&source, Source::One(_, body) if body.until_close()) {
         return Err(Lost::new(Lost::WRONG_ANSWER, format!("{path}: a stream whose end cannot be told from a broken connection")));
     }
+    if answer.field("content-type") != Some("text/event-stream") {
+        return Err(Lost::new(Lost::WRONG_ANSWER, format!("{path}: {:?}", answer.field("content-type"))));
+    }
+    let version = answer.field("x-load-version").unwrap_or_default().to_owned();
     session.book.borrow_mut().answered(session.kind, opened, &version, None);
     let mut text = Vec::new();
     loop {
         let piece = tokio::select! {
             biased;
             () = session.until_stopped() => return Ok(End::Enough),
-            piece = session.timely(&path, wire.piece(&mut body)) => piece?,
+            piece = session.timely(&path, source.piece()) => piece?,
         };
         let Some(piece) = piece else {
             let rest = String::from_utf8_lossy(&text).into_owned();
