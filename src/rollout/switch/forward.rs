@@ -37,11 +37,11 @@ enum Taken {
 
 /// Looks a request up and, in the same locked moment, counts it as one of the pool's. After a table was set no request
 /// is given a pool of the one before, as setting takes this lock of every worker.
-fn take(connection: &Connection, host: &str, path: &str, query: Option<&str>) -> Taken {
+fn take(connection: &Arc<Connection>, host: &str, path: &str, query: Option<&str>) -> Taken {
     let table = lock(&connection.worker.table);
     let answer = |status, text: &str, fields: Vec<(&'static str, String)>| Taken::Answer { status, text: text.into(), fields };
     match table.find(host, path) {
-        Found::Pool(view, strip) => Taken::Ticket(view.pool.enter(connection.worker.index), view.instances.clone(), strip),
+        Found::Pool(view, strip) => Taken::Ticket(view.pool.enter(connection.worker.index, Some(connection.clone())), view.instances.clone(), strip),
         Found::Hold(service, longest) => Taken::Hold(service.name.clone(), longest),
         Found::Maintenance(message) => answer(503, message, vec![("retry-after", "60".into())]),
         Found::Down(service) => {
@@ -60,7 +60,7 @@ fn take(connection: &Connection, host: &str, path: &str, query: Option<&str>) ->
 }
 
 /// Like [`take`], but waits while the service is held, no longer than its bound.
-async fn take_or_wait(connection: &Connection, host: &str, uri: &http::Uri) -> Taken {
+async fn take_or_wait(connection: &Arc<Connection>, host: &str, uri: &http::Uri) -> Taken {
     let mut waiting: Option<(tokio::sync::watch::Receiver<u64>, Instant, Held<'_>)> = None;
     loop {
         if let Some((changes, ..)) = &mut waiting {
@@ -224,7 +224,8 @@ impl Forwarding {
                 continue;
             };
             ticket.assign(Some(instance.clone()));
-            ticket.expect_progress(&switch.clock, Some(switch.settings.timeouts.inactivity));
+            let progress = |ticket: &Ticket| ticket.expect_progress(&switch.clock, Some(switch.settings.timeouts.inactivity));
+            progress(ticket);
             let longest = if self.replayable {
                 switch.settings.timeouts.idle_upstream
             } else {
@@ -243,7 +244,7 @@ impl Forwarding {
                     }
                 },
             };
-            let failed = match upstream.send(&self.head, &mut self.upload, self.is_head, self.expect, ticket).await {
+            let failed = match upstream.send(&self.head, &mut self.upload, self.is_head, self.expect, ticket, progress).await {
                 Ok(head) => return Ok((self, upstream, head)),
                 Err(failed) => failed,
             };
@@ -263,7 +264,7 @@ impl Forwarding {
     }
 
     /// Nothing of it was sent yet: when another pool is live by now, it goes there.
-    fn move_to_live_pool(&mut self, connection: &Connection, host: &str, parts: &request::Parts) {
+    fn move_to_live_pool(&mut self, connection: &Arc<Connection>, host: &str, parts: &request::Parts) {
         let Some(ticket) = &self.guard.ticket else { return };
         if !ticket.pool().is_draining() || self.upload.as_ref().is_some_and(|upload| upload.taken() > 0) {
             return;

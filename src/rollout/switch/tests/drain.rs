@@ -366,3 +366,42 @@ fn figures_tell_pools_apart() {
         assert!(metrics.lines().any(|other| other == line), "{line} in\n{metrics}");
     }
 }
+
+/// An HTTP/2 client that opened its window for nothing holds no drain: after the deadline its connection is ended.
+#[test]
+fn a_client_that_does_not_read_holds_no_drain() {
+    let origin = Origin::start(|conn| {
+        conn.request();
+        conn.send("HTTP/1.1 200 OK\r\ncontent-length: 100000000\r\n\r\n");
+        let megabyte = vec![b'x'; 1 << 20];
+        while conn.stream.write_all(&megabyte).is_ok() {}
+    });
+    let (green, fixture) = (Origin::saying("green"), Fixture::of(&[&origin]));
+    block_on(async {
+        let mut sender = forwarding::h2(fixture.address).await;
+        let request = http::Request::get(format!("http://{}/", fixture.address)).body(http_body_util::Full::default()).unwrap();
+        let unread = sender.send_request(request).await.unwrap();
+        let mut both = service(&[("a", &[&origin]), ("b", &[&green])], "b");
+        both.drain = drain(200, 200, 0);
+        fixture.switch.set(table(both)).unwrap();
+        let start = Instant::now();
+        while fixture.switch.draining("shop/prod", "a").is_some() {
+            assert!(start.elapsed() < PATIENCE);
+            tokio::time::sleep(Duration::from_millis(20)).await;
+        }
+        drop(unread);
+    });
+}
+
+/// A request that could not be sent to any instance of its pool goes to the pool that became live meanwhile.
+#[test]
+fn what_was_never_sent_goes_to_the_new_pool() {
+    let (gone, green) = (Origin::gone(), Origin::echo());
+    let fixture = Fixture::of(&[&gone]);
+    let mut client = fixture.client();
+    client.send("POST / HTTP/1.1\r\nhost: a\r\ncontent-length: 5\r\n\r\nhello");
+    eventually("a failure", || (fixture.figures().connect_failures > 0).then_some(()));
+    fixture.live("b", &[&green]);
+    let (status, text) = client.response().unwrap();
+    assert!(status == 200 && text.ends_with("hello"), "{status} {text}");
+}
