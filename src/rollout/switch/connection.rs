@@ -338,7 +338,8 @@ pub(super) async fn serve(switch: Arc<Inner>, worker: Arc<Worker>, stream: TcpSt
     }
 }
 
-/// Waits for the first bytes and looks whether they are HTTP/2's; `None` when none come in time.
+/// Waits for the first bytes and looks whether they are HTTP/2's; `None` when none come in time: that of an idle
+/// connection, or that of a head when three quarters of all connections there may be are taken.
 async fn speaks_h2(switch: &Inner, stream: &TcpStream) -> Option<bool> {
     let mut first = [0; PREFACE.len()];
     let mut peek = async || {
@@ -362,7 +363,18 @@ async fn speaks_h2(switch: &Inner, stream: &TcpStream) -> Option<bool> {
             } => None,
         }
     };
-    tokio::time::timeout(switch.settings.timeouts.head, peeked).await.ok().flatten()
+    tokio::pin!(peeked);
+    let (timeouts, start) = (&switch.settings.timeouts, tokio::time::Instant::now());
+    loop {
+        if let Ok(peeked) = tokio::time::timeout(timeouts.head.min(timeouts.idle), &mut peeked).await {
+            return peeked;
+        }
+        // One that is silent costs little, and may stay as long as there is room.
+        let crowded = switch.counters.connections.load(Ordering::Relaxed) * 4 > switch.settings.limits.connections as u64 * 3;
+        if crowded || start.elapsed() >= timeouts.idle {
+            return None;
+        }
+    }
 }
 
 /// Lets hyper serve until the client, a time-out or a shutdown ends the connection.

@@ -41,7 +41,9 @@ fn take(connection: &Arc<Connection>, host: &str, path: &str, query: Option<&str
     let table = lock(&connection.worker.table);
     let answer = |status, text: &str, fields: Vec<(&'static str, String)>| Taken::Answer { status, text: text.into(), fields };
     match table.find(host, path) {
-        Found::Pool(view, strip) => Taken::Ticket(view.pool.enter(connection.worker.index, Some(connection.clone())), view.instances.clone(), strip),
+        Found::Pool(view, strip) => {
+            Taken::Ticket(view.pool.enter(connection.worker.index, Some(connection.clone())), view.instances.clone(), strip)
+        }
         Found::Hold(service, longest) => Taken::Hold(service.name.clone(), longest),
         Found::Maintenance(message) => answer(503, message, vec![("retry-after", "60".into())]),
         Found::Down(service) => {
