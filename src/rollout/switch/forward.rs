@@ -159,7 +159,10 @@ pub(super) async fn answer(connection: Arc<Connection>, mut request: Request<Inc
     let forwarding = prepare(guard, instances, &parts, &authority, strip, body);
     match forwarding.send(&connection, &host, &parts).await {
         Ok((forwarding, upstream, head)) => reply(&connection, forwarding, upstream, head, upgraded, parts.version),
-        Err((guard, status, text)) => own_answer(guard, status, text, parts.version < Version::HTTP_2, &[]),
+        Err((guard, status, text, unread)) => {
+            let close = unread || connection.switch.closing_since().is_some();
+            own_answer(guard, status, text, close && parts.version < Version::HTTP_2, &[])
+        }
     }
 }
 
@@ -201,8 +204,8 @@ fn prepare(
     }
 }
 
-/// A request that failed: what is noted, status and text.
-type Failure = (Guard, u16, &'static str);
+/// A request that failed: what is noted, status and text, and whether some of its body is still to be read.
+type Failure = (Guard, u16, &'static str, bool);
 
 impl Forwarding {
     /// Sends it until there is an answer, or sending again would not be safe or useful.
@@ -262,7 +265,8 @@ impl Forwarding {
                 false => tried.push(instance),
             }
         }
-        Err((self.guard, 502, "no instance could be reached"))
+        let unread = self.leaves_unread();
+        Err((self.guard, 502, "no instance could be reached", unread))
     }
 
     /// Nothing of it was sent yet: when another pool is live by now, it goes there.
@@ -274,6 +278,10 @@ impl Forwarding {
         if let Taken::Ticket(ticket, instances, _) = take(connection, host, parts.uri.path(), parts.uri.query()) {
             (self.guard.ticket, self.instances) = (Some(ticket), instances);
         }
+    }
+
+    fn leaves_unread(&self) -> bool {
+        self.upload.as_ref().is_some_and(|upload| !upload.is_done())
     }
 
     fn fail(mut self, failed: Failed) -> Failure {
@@ -288,7 +296,8 @@ impl Forwarding {
         };
         self.guard.error = text;
         self.guard.received = self.upload.as_ref().map_or(0, Upload::taken);
-        (self.guard, status, text)
+        let unread = self.leaves_unread();
+        (self.guard, status, text, unread)
     }
 }
 
