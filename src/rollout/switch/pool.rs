@@ -282,9 +282,11 @@ impl Pool {
         *lock(&self.drain) = None;
     }
 
-    /// It gets nothing any more. What is in flight ends as `drain` says; the first call counts.
-    pub fn drain(&self, drain: Drain) {
+    /// It gets nothing any more. What is in flight ends as `drain` says, beginning now; the first call counts.
+    pub fn drain(&self, drain: Drain, clock: &Clock) {
         lock(&self.drain).get_or_insert((Instant::now(), drain));
+        let now = clock.tick();
+        (0..self.shards.len()).for_each(|worker| self.tick(worker, now));
     }
 
     /// Whether it gets nothing any more.
@@ -326,7 +328,7 @@ impl Pool {
             let slot = shard.tickets.len() - 1;
             shard.tickets.pop();
             shard.free.retain(|free| *free != slot);
-            if shard.tickets.len() % 64 == 0 {
+            if shard.tickets.len().is_multiple_of(64) {
                 break;
             }
         }
