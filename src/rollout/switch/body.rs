@@ -160,6 +160,7 @@ pub(super) fn own_answer(
     fields: &[(&'static str, &str)],
 ) -> Response<Body> {
     guard.answered(status);
+    let connection = guard.connection.clone();
     let content = Content::Whole(if text.is_empty() { Bytes::new() } else { Bytes::from(format!("{text}\n")) });
     let mut answer = Response::new(Body { content, guard: Some(guard), breaks: None });
     *answer.status_mut() = StatusCode::from_u16(status).unwrap_or(StatusCode::INTERNAL_SERVER_ERROR);
@@ -170,6 +171,7 @@ pub(super) fn own_answer(
         }
     }
     if close {
+        connection.leave_unread();
         answer.headers_mut().insert(http::header::CONNECTION, http::HeaderValue::from_static("close"));
     }
     answer
@@ -220,6 +222,9 @@ impl Body {
         let upstream = exchange.finish();
         let Some(guard) = &mut self.guard else { return };
         guard.received = exchange.received();
+        if exchange.leaves_unread() {
+            guard.connection.leave_unread();
+        }
         if let (Some(mut upstream), Some(instance)) = (upstream, guard.ticket.as_ref().and_then(Ticket::instance)) {
             let (worker, switch) = (guard.connection.worker.index, &guard.connection.switch);
             (upstream.idle_since, upstream.used) = (switch.clock.now(), true);
@@ -259,6 +264,7 @@ impl Body {
             Content::Events(exchange, tail) => (exchange, Some(tail)),
         };
         let ticket = self.guard.as_ref().and_then(|guard| guard.ticket.as_ref());
+        let received = exchange.received();
         let ends_here = tail.as_ref().is_some_and(|tail| ends_event(&tail[..]));
         match (ticket.map_or(Cut::No, Ticket::cut), tail) {
             (Cut::Now, _) => return Poll::Ready(Err(("the deadline of the drain is over", false))),
@@ -279,6 +285,11 @@ impl Body {
                 Poll::Ready(piece) => return Poll::Ready(piece.map_err(|_| ("the instance broke off", true))),
                 Poll::Pending => {}
             },
+        }
+        // The other direction may be what moves.
+        if let Some(guard) = self.guard.as_ref().filter(|_| exchange.received() > received) {
+            let (clock, within) = (&guard.connection.switch.clock, guard.connection.switch.settings.timeouts.inactivity);
+            ticket.inspect(|ticket| ticket.expect_progress(clock, Some(within)));
         }
         match ticket.map_or(Cut::No, |ticket| ticket.poll_cut(context)) {
             Cut::Now => Poll::Ready(Err(("the deadline of the drain is over", false))),

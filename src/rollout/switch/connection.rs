@@ -3,6 +3,7 @@
 use std::convert::Infallible;
 use std::io;
 use std::net::SocketAddr;
+use std::os::fd::AsFd as _;
 use std::pin::Pin;
 use std::sync::atomic::{AtomicBool, AtomicU8, AtomicU32, AtomicU64, Ordering};
 use std::sync::{Arc, Mutex};
@@ -13,7 +14,7 @@ use http::{Request, Response};
 use hyper::body::Incoming;
 use hyper::server::conn::{http1, http2};
 use hyper_util::rt::{TokioExecutor, TokioIo, TokioTimer};
-use tokio::io::{AsyncRead, AsyncWrite, ReadBuf};
+use tokio::io::{AsyncRead, AsyncReadExt as _, AsyncWrite, AsyncWriteExt as _, ReadBuf};
 use tokio::net::TcpStream;
 use tokio_rustls::server::TlsStream;
 
@@ -28,6 +29,9 @@ const PREFACE: &[u8] = b"PRI * HTTP/2.0\r\n\r\nSM\r\n\r\n";
 const MOST_RESETS: u32 = 200;
 /// On shutdown an HTTP/1 connection waits this long for a request, which is answered with `connection: close`: closing at once would lose one that is on its way.
 const LAST_REQUEST_MS: u64 = 1500;
+
+/// How long a client may go on sending a body that is not wanted.
+const LINGER: Duration = Duration::from_secs(2);
 
 /// What a connection is doing.
 const IDLE: u8 = 0;
@@ -54,6 +58,8 @@ pub(super) struct Connection {
     killed: AtomicBool,
     /// An answer broke off: end with a reset, so that no client takes it for whole.
     aborted: AtomicBool,
+    /// Part of a body may still come that nobody reads.
+    unread: AtomicBool,
     /// The head has both content-length and transfer-encoding; hyper would hide the first (RFC 9112, section 6.1).
     pub ambiguous: AtomicBool,
     waker: Mutex<Option<Waker>>,
@@ -64,7 +70,7 @@ impl Connection {
         let since = AtomicU64::new(switch.clock.now());
         let (phase, blocked) = (AtomicU8::new(IDLE), AtomicU64::new(0));
         let (in_flight, finished, reset) = Default::default();
-        let (killed, aborted, ambiguous) = Default::default();
+        let (killed, aborted, unread, ambiguous) = Default::default();
         let waker = Mutex::default();
         Self {
             switch,
@@ -79,6 +85,7 @@ impl Connection {
             reset,
             killed,
             aborted,
+            unread,
             ambiguous,
             waker,
         }
@@ -106,6 +113,11 @@ impl Connection {
     /// Its end has to be a reset.
     pub fn abort(&self) {
         self.aborted.store(true, Ordering::Relaxed);
+    }
+
+    /// The last request's body is not read to its end.
+    pub fn leave_unread(&self) {
+        self.unread.store(true, Ordering::Relaxed);
     }
 
     pub fn kill(&self) {
@@ -238,14 +250,26 @@ impl AsyncWrite for Io {
 
 impl Drop for Io {
     fn drop(&mut self) {
+        let stream = match &self.stream {
+            Stream::Plain(stream) => stream,
+            Stream::Tls(stream) => stream.get_ref().0,
+        };
         if self.connection.aborted.load(Ordering::Relaxed) {
-            let stream = match &self.stream {
-                Stream::Plain(stream) => stream,
-                Stream::Tls(stream) => stream.get_ref().0,
-            };
             let _ = rustix::net::sockopt::set_socket_linger(stream, Some(Duration::ZERO));
+        } else if self.connection.unread.load(Ordering::Relaxed) && !self.connection.is_h2 {
+            let _ = stream.as_fd().try_clone_to_owned().map(|copy| tokio::spawn(linger(copy.into())));
         }
     }
+}
+
+/// Reads what a client still sends after its answer: closing at once would reset the connection, and the answer could be
+/// lost with it (RFC 9112, section 9.6).
+async fn linger(stream: std::net::TcpStream) {
+    let Ok(mut stream) = TcpStream::from_std(stream) else { return };
+    let _ = stream.shutdown().await;
+    let mut bytes = vec![0; 16 << 10];
+    let rest = async { while matches!(stream.read(&mut bytes).await, Ok(1..)) {} };
+    let _ = tokio::time::timeout(LINGER, rest).await;
 }
 
 /// Looks for two fields that exclude each other in the head of a request.
@@ -314,7 +338,8 @@ pub(super) async fn serve(switch: Arc<Inner>, worker: Arc<Worker>, stream: TcpSt
     }
 }
 
-/// Waits for the first bytes and looks whether they are HTTP/2's; `None` when none come in time.
+/// Waits for the first bytes and looks whether they are HTTP/2's; `None` when none come in time: that of an idle
+/// connection, or that of a head when three quarters of all connections there may be are taken.
 async fn speaks_h2(switch: &Inner, stream: &TcpStream) -> Option<bool> {
     let mut first = [0; PREFACE.len()];
     let mut peek = async || {
@@ -338,7 +363,18 @@ async fn speaks_h2(switch: &Inner, stream: &TcpStream) -> Option<bool> {
             } => None,
         }
     };
-    tokio::time::timeout(switch.settings.timeouts.head, peeked).await.ok().flatten()
+    tokio::pin!(peeked);
+    let (timeouts, start) = (&switch.settings.timeouts, tokio::time::Instant::now());
+    loop {
+        if let Ok(peeked) = tokio::time::timeout(timeouts.head.min(timeouts.idle), &mut peeked).await {
+            return peeked;
+        }
+        // One that is silent costs little, and may stay as long as there is room.
+        let crowded = switch.counters.connections.load(Ordering::Relaxed) * 4 > switch.settings.limits.connections as u64 * 3;
+        if crowded || start.elapsed() >= timeouts.idle {
+            return None;
+        }
+    }
 }
 
 /// Lets hyper serve until the client, a time-out or a shutdown ends the connection.

@@ -37,11 +37,13 @@ enum Taken {
 
 /// Looks a request up and, in the same locked moment, counts it as one of the pool's. After a table was set no request
 /// is given a pool of the one before, as setting takes this lock of every worker.
-fn take(connection: &Connection, host: &str, path: &str, query: Option<&str>) -> Taken {
+fn take(connection: &Arc<Connection>, host: &str, path: &str, query: Option<&str>) -> Taken {
     let table = lock(&connection.worker.table);
     let answer = |status, text: &str, fields: Vec<(&'static str, String)>| Taken::Answer { status, text: text.into(), fields };
     match table.find(host, path) {
-        Found::Pool(view, strip) => Taken::Ticket(view.pool.enter(connection.worker.index), view.instances.clone(), strip),
+        Found::Pool(view, strip) => {
+            Taken::Ticket(view.pool.enter(connection.worker.index, Some(connection.clone())), view.instances.clone(), strip)
+        }
         Found::Hold(service, longest) => Taken::Hold(service.name.clone(), longest),
         Found::Maintenance(message) => answer(503, message, vec![("retry-after", "60".into())]),
         Found::Down(service) => {
@@ -60,7 +62,7 @@ fn take(connection: &Connection, host: &str, path: &str, query: Option<&str>) ->
 }
 
 /// Like [`take`], but waits while the service is held, no longer than its bound.
-async fn take_or_wait(connection: &Connection, host: &str, uri: &http::Uri) -> Taken {
+async fn take_or_wait(connection: &Arc<Connection>, host: &str, uri: &http::Uri) -> Taken {
     let mut waiting: Option<(tokio::sync::watch::Receiver<u64>, Instant, Held<'_>)> = None;
     loop {
         if let Some((changes, ..)) = &mut waiting {
@@ -157,7 +159,10 @@ pub(super) async fn answer(connection: Arc<Connection>, mut request: Request<Inc
     let forwarding = prepare(guard, instances, &parts, &authority, strip, body);
     match forwarding.send(&connection, &host, &parts).await {
         Ok((forwarding, upstream, head)) => reply(&connection, forwarding, upstream, head, upgraded, parts.version),
-        Err((guard, status, text)) => own_answer(guard, status, text, parts.version < Version::HTTP_2, &[]),
+        Err((guard, status, text, unread)) => {
+            let close = unread || connection.switch.closing_since().is_some();
+            own_answer(guard, status, text, close && parts.version < Version::HTTP_2, &[])
+        }
     }
 }
 
@@ -199,8 +204,8 @@ fn prepare(
     }
 }
 
-/// A request that failed: what is noted, status and text.
-type Failure = (Guard, u16, &'static str);
+/// A request that failed: what is noted, status and text, and whether some of its body is still to be read.
+type Failure = (Guard, u16, &'static str, bool);
 
 impl Forwarding {
     /// Sends it until there is an answer, or sending again would not be safe or useful.
@@ -224,7 +229,8 @@ impl Forwarding {
                 continue;
             };
             ticket.assign(Some(instance.clone()));
-            ticket.expect_progress(&switch.clock, Some(switch.settings.timeouts.inactivity));
+            let progress = |ticket: &Ticket| ticket.expect_progress(&switch.clock, Some(switch.settings.timeouts.inactivity));
+            progress(ticket);
             let longest = if self.replayable {
                 switch.settings.timeouts.idle_upstream
             } else {
@@ -243,7 +249,7 @@ impl Forwarding {
                     }
                 },
             };
-            let failed = match upstream.send(&self.head, &mut self.upload, self.is_head, self.expect, ticket).await {
+            let failed = match upstream.send(&self.head, &mut self.upload, self.is_head, self.expect, ticket, progress).await {
                 Ok(head) => return Ok((self, upstream, head)),
                 Err(failed) => failed,
             };
@@ -259,11 +265,12 @@ impl Forwarding {
                 false => tried.push(instance),
             }
         }
-        Err((self.guard, 502, "no instance could be reached"))
+        let unread = self.leaves_unread();
+        Err((self.guard, 502, "no instance could be reached", unread))
     }
 
     /// Nothing of it was sent yet: when another pool is live by now, it goes there.
-    fn move_to_live_pool(&mut self, connection: &Connection, host: &str, parts: &request::Parts) {
+    fn move_to_live_pool(&mut self, connection: &Arc<Connection>, host: &str, parts: &request::Parts) {
         let Some(ticket) = &self.guard.ticket else { return };
         if !ticket.pool().is_draining() || self.upload.as_ref().is_some_and(|upload| upload.taken() > 0) {
             return;
@@ -271,6 +278,10 @@ impl Forwarding {
         if let Taken::Ticket(ticket, instances, _) = take(connection, host, parts.uri.path(), parts.uri.query()) {
             (self.guard.ticket, self.instances) = (Some(ticket), instances);
         }
+    }
+
+    fn leaves_unread(&self) -> bool {
+        self.upload.as_ref().is_some_and(|upload| !upload.is_done())
     }
 
     fn fail(mut self, failed: Failed) -> Failure {
@@ -285,7 +296,8 @@ impl Forwarding {
         };
         self.guard.error = text;
         self.guard.received = self.upload.as_ref().map_or(0, Upload::taken);
-        (self.guard, status, text)
+        let unread = self.leaves_unread();
+        (self.guard, status, text, unread)
     }
 }
 

@@ -427,7 +427,7 @@ impl Switch {
             .filter(|old| !views.iter().any(|view| Arc::ptr_eq(&view.pool, &old.pool)) && old.pool.left() != Draining::default());
         let all: Vec<PoolView> = views.iter().chain(gone).cloned().collect();
         for view in all.iter().filter(|view| !is_wanted(&view.pool)) {
-            view.pool.drain(state.drains.get(&view.pool.service).copied().unwrap_or_default());
+            view.pool.drain(state.drains.get(&view.pool.service).copied().unwrap_or_default(), &inner.clock);
         }
         state.drains.retain(|service, _| all.iter().any(|view| view.pool.service == *service));
         *lock(&inner.pools) = Arc::new(all);
@@ -470,7 +470,7 @@ impl Switch {
         inner.closing.send_replace(Some(since));
         for view in inner.pools().iter() {
             // Gentle ends need a moment before the deadline.
-            view.pool.drain(Drain { requests: deadline, streams: deadline, spread: deadline / 2 });
+            view.pool.drain(Drain { requests: deadline, streams: deadline, spread: deadline / 2 }, &inner.clock);
         }
         inner.workers.iter().flat_map(|worker| worker.connections()).for_each(|connection| connection.wake());
         while Instant::now() < until {

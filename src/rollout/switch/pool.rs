@@ -10,6 +10,7 @@ use std::sync::{Arc, Mutex, MutexGuard};
 use std::task::{Context, Waker};
 use std::time::{Duration, Instant};
 
+use super::connection::Connection;
 use super::figures::{Figures, Histogram};
 use super::upstream::Upstream;
 use super::{Drain, Draining};
@@ -18,6 +19,10 @@ use crate::rollout::target::Address;
 /// First pause of an instance that could not be connected to; doubles up to [`LONGEST_PAUSE`].
 const FIRST_PAUSE: Duration = Duration::from_millis(500);
 const LONGEST_PAUSE: Duration = Duration::from_secs(10);
+/// An HTTP/2 client that does not read one answer holds it; its whole connection is ended this long after the answer stalled,
+const UNREAD_STALLED: Duration = Duration::from_secs(600);
+/// or after the deadline of a drain.
+const UNREAD_DRAINED: Duration = Duration::from_secs(1);
 
 fn lock<T>(mutex: &Mutex<T>) -> MutexGuard<'_, T> {
     mutex.lock().unwrap_or_else(std::sync::PoisonError::into_inner)
@@ -96,6 +101,8 @@ pub(super) struct Shared {
     /// When it counts as stalled, by the [`Clock`]; 0: never.
     deadline: AtomicU64,
     waker: Mutex<Option<Waker>>,
+    /// Ended when the request does not end by itself: its client does not read.
+    connection: Option<Arc<Connection>>,
 }
 
 impl Shared {
@@ -136,7 +143,11 @@ impl Ticket {
     /// It counts as stalled `within` from now, or never.
     pub fn expect_progress(&self, clock: &Clock, within: Option<Duration>) {
         let deadline = within.map_or(0, |within| clock.now() + within.as_millis() as u64);
-        self.shared.deadline.store(deadline, Ordering::Relaxed);
+        if self.shared.cut.load(Ordering::Relaxed) < Cut::Now as u8 {
+            self.shared.deadline.store(deadline, Ordering::Relaxed);
+        }
+        // What moves again was only slow.
+        let _ = self.shared.cut.compare_exchange(Cut::Stalled as u8, Cut::No as u8, Ordering::AcqRel, Ordering::Relaxed);
     }
 
     /// It is a WebSocket or a stream from now on.
@@ -243,12 +254,13 @@ impl Pool {
     }
 
     /// Counts a request as one of the pool's. Called with the worker's table locked, so that no table changes meanwhile.
-    pub fn enter(self: &Arc<Self>, worker: usize) -> Ticket {
+    pub fn enter(self: &Arc<Self>, worker: usize, connection: Option<Arc<Connection>>) -> Ticket {
         let shared = Arc::new(Shared {
             kind: AtomicU8::new(Kind::Request as u8),
             cut: AtomicU8::new(Cut::No as u8),
             deadline: AtomicU64::new(0),
             waker: Mutex::default(),
+            connection,
         });
         let mut shard = self.shard(worker);
         let slot = shard.free.pop().unwrap_or_else(|| {
@@ -270,9 +282,11 @@ impl Pool {
         *lock(&self.drain) = None;
     }
 
-    /// It gets nothing any more. What is in flight ends as `drain` says; the first call counts.
-    pub fn drain(&self, drain: Drain) {
+    /// It gets nothing any more. What is in flight ends as `drain` says, beginning now; the first call counts.
+    pub fn drain(&self, drain: Drain, clock: &Clock) {
         lock(&self.drain).get_or_insert((Instant::now(), drain));
+        let now = clock.tick();
+        (0..self.shards.len()).for_each(|worker| self.tick(worker, now));
     }
 
     /// Whether it gets nothing any more.
@@ -289,14 +303,24 @@ impl Pool {
             let Some(shared) = shared else { continue };
             let deadline = shared.deadline.load(Ordering::Relaxed);
             if deadline != 0 && now > deadline {
-                shared.cut(Cut::Stalled);
+                match Cut::from(shared.cut.load(Ordering::Acquire)) {
+                    Cut::No | Cut::Gently => {
+                        shared.deadline.store(now + UNREAD_STALLED.as_millis() as u64, Ordering::Relaxed);
+                        shared.cut(Cut::Stalled);
+                    }
+                    Cut::Stalled | Cut::Now => shared.connection.iter().for_each(|connection| connection.kill()),
+                }
             }
             let Some((since, drain)) = drain else { continue };
             let kind = shared.kind.load(Ordering::Acquire);
             let cut = due(kind, slot, since.elapsed(), &drain);
-            if cut > Cut::No && shared.cut.load(Ordering::Acquire) < cut as u8 {
+            let before = Cut::from(shared.cut.load(Ordering::Acquire));
+            if cut > before {
+                if cut == Cut::Now {
+                    shared.deadline.store(now + UNREAD_DRAINED.as_millis() as u64, Ordering::Relaxed);
+                }
                 shared.cut(cut);
-                shard.cut[kind as usize] += 1;
+                shard.cut[kind as usize] += u64::from(before != Cut::Gently);
             }
         }
         // A burst long ago does not make every tick slow.
@@ -304,7 +328,7 @@ impl Pool {
             let slot = shard.tickets.len() - 1;
             shard.tickets.pop();
             shard.free.retain(|free| *free != slot);
-            if shard.tickets.len() % 64 == 0 {
+            if shard.tickets.len().is_multiple_of(64) {
                 break;
             }
         }
@@ -503,8 +527,8 @@ mod tests {
     #[test]
     fn a_ticket_is_counted_until_it_is_dropped() {
         let pool = Arc::new(Pool::new("shop/prod", "a", 2));
-        let first = pool.enter(0);
-        let second = pool.enter(1);
+        let first = pool.enter(0, None);
+        let second = pool.enter(1, None);
         second.becomes(Kind::Stream);
         assert_eq!(pool.left(), Draining { requests: 1, websockets: 0, streams: 1 });
         drop(first);

@@ -365,3 +365,35 @@ fn idle_connections_make_room() {
     // The newest of those that wait are still there.
     assert_eq!(clients.last_mut().unwrap().get("/"), Some((200, "x".into())));
 }
+
+/// A body that is refused while it is still being sent: the client reads why.
+#[test]
+fn a_refusal_is_seen_by_a_client_that_goes_on_sending() {
+    let origin = Origin::echo();
+    let fixture = Fixture::start(|settings| settings.limits.body = Some(1000));
+    fixture.live("a", &[&origin]);
+    for framing in ["content-length: 5000000", "transfer-encoding: chunked"] {
+        let mut client = fixture.client();
+        client.send(format!("POST / HTTP/1.1\r\nhost: a\r\n{framing}\r\n\r\n"));
+        for _ in 0..50 {
+            client.send(format!("2710\r\n{}\r\n", "x".repeat(10_000)));
+        }
+        assert_eq!(client.response().map(|answer| answer.0), Some(413), "{framing}");
+    }
+}
+
+/// What moves is not stalled, however long it takes in all.
+#[test]
+fn a_slow_body_that_moves_is_not_cut() {
+    let origin = Origin::echo();
+    let fixture = Fixture::start(|settings| settings.timeouts.inactivity = Duration::from_millis(1000));
+    fixture.live("a", &[&origin]);
+    let mut client = fixture.client();
+    client.send("POST / HTTP/1.1\r\nhost: a\r\ncontent-length: 12\r\n\r\n");
+    for _ in 0..12 {
+        std::thread::sleep(Duration::from_millis(200));
+        client.send("x");
+    }
+    let (status, text) = client.response().unwrap();
+    assert!(status == 200 && text.ends_with("xxxxxxxxxxxx"), "{status} {text}");
+}

@@ -168,7 +168,10 @@ fn requests_go_round_and_around_what_is_gone() {
 fn when_nothing_can_be_reached_it_is_said() {
     let gone = Origin::gone();
     let fixture = Fixture::of(&[&gone]);
-    assert_eq!(fixture.client().get("/").map(|answer| answer.0), Some(502));
+    let mut client = fixture.client();
+    assert_eq!(client.get("/").map(|answer| answer.0), Some(502));
     let figures = fixture.figures();
     assert_eq!((figures.requests, figures.errors, figures.connect_failures > 1), (1, 1, true));
+    fixture.live("b", &[&Origin::saying("x")]);
+    assert_eq!(client.get("/"), Some((200, "x".into())), "the client's connection goes on");
 }

@@ -93,7 +93,7 @@ impl Upstream {
     /// Sends a request and waits for the head of the answer; interim answers but 101 are passed over.
     ///
     /// `head` is the request line and the fields. `upload` is left as far as it came; its rest is sent by the [`Exchange`].
-    /// With `expect` the body waits for the instance's 100, for the answer, or for a second.
+    /// `progress` is called when something of it moved. With `expect` the body waits for the instance's 100, for the answer, or for a second.
     pub async fn send(
         &mut self,
         head: &[u8],
@@ -101,6 +101,7 @@ impl Upstream {
         is_head: bool,
         expect: bool,
         ticket: &Ticket,
+        progress: impl Fn(&Ticket),
     ) -> Result<Head, Failed> {
         let mut state = Sending { written: 0, waits: expect && upload.is_some(), answered: false, is_head };
         let mut pause = state.waits.then(|| Box::pin(tokio::time::sleep(CONTINUE_WAIT)));
@@ -111,7 +112,12 @@ impl Upstream {
                 state.waits = false;
                 pause = None;
             }
+            let moved = |state: &Sending, upload: &Option<Upload>| (state.written, upload.as_ref().map(Upload::taken));
+            let before = moved(&state, upload);
             let polled = self.poll_send(context, head, upload, &mut state);
+            if moved(&state, upload) != before {
+                progress(ticket);
+            }
             if polled.is_pending() {
                 let cut = ticket.poll_cut(context);
                 if cut > Cut::Gently {
@@ -212,6 +218,11 @@ impl Exchange {
             Framing::Length(left) => Some(left),
             Framing::Chunked | Framing::UntilClose => None,
         }
+    }
+
+    /// Whether the request's body was not taken whole.
+    pub fn leaves_unread(&self) -> bool {
+        !self.upload.as_ref().is_none_or(Upload::is_done)
     }
 
     /// Bytes of the request's body that came from the client.
