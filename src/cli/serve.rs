@@ -340,7 +340,7 @@ impl World for Here {
     }
 
     fn run(&self, words: &[String], variables: &BTreeMap<String, String>, timeout: Duration) -> Result<String, String> {
-        let command = Command { run: words.to_vec(), timeout: Seconds(timeout.as_secs().max(1)) };
+        let command = Command { run: words.to_vec(), timeout: Seconds(timeout.as_secs().max(1)), script: None };
         let office = self.office().map_err(|error| format!("{error:#}"))?;
         let ended = office.sit(|desk| desk.evidence.run_command(&command, variables)).map_err(|error| format!("{error:#}"))?;
         let shown = words.join(" ");

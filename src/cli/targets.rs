@@ -1,11 +1,10 @@
 //! Which target serves which settings.
 
 use std::path::{Path, PathBuf};
-use std::sync::Arc;
 
 use anyhow::Result;
 
-use super::{Global, ui};
+use super::ui;
 use crate::build::host::Host;
 use crate::config::types as config;
 use crate::error::Problem;
@@ -15,9 +14,8 @@ use crate::rollout::target::local::Local;
 use crate::rollout::target::vm::{self, Vm};
 
 /// The target of `settings`.
-pub fn target_for(global: &Global, host: &Host, settings: &config::Target) -> Result<Arc<dyn Target>> {
-    let (root, state) = ui::places(global, host)?;
-    target(host, &root, &state, settings).map(Arc::from)
+pub fn target_for(around: &ui::Surroundings, settings: &config::Target) -> Result<Box<dyn Target>> {
+    target(&around.host, around.store.root(), &around.store.state(""), settings)
 }
 
 /// The target of `settings`, where the store's root and the state are these.
