@@ -5,6 +5,7 @@ mod common;
 #[path = "release/shared.rs"]
 mod shared;
 
+use std::io::{Read as _, Write as _};
 use std::path::PathBuf;
 use std::time::Duration;
 
