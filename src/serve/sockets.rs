@@ -93,7 +93,6 @@ fn start(path: &Path, program: &Path) -> Result<()> {
         .stdin(null()?)
         .stdout(null()?)
         .stderr(null()?)
-        .own_group()
         .spawn()
         .context("cannot start the holder of the sockets")?;
     // It is reaped when it ends before us.
