@@ -334,7 +334,7 @@ def address(proxy, port, size):
     return f"{'https' if port == 'tls' else 'http'}://127.0.0.1:{proxy.ports[port]}/{size}"
 
 
-# -- 13: throughput and latency ---------------------------------------------------------------------
+# -- 20: throughput and latency ---------------------------------------------------------------------
 
 
 @dataclass
@@ -355,7 +355,7 @@ def throughput(bench):
     rows = []
     for protocol in PROTOCOLS:
         for body, size in BODIES.items():
-            say(f"13: {protocol}, {body}")
+            say(f"20: {protocol}, {body}")
             saturated = {name: Load() for name in bench.proxies}
             fixed = {name: Load() for name in bench.proxies}
             for run in range(RUNS):
@@ -446,11 +446,11 @@ def compare(bench, what, saturated, fixed, rate):
     return [[what, *cells, f"{rate:,.0f}", *(f"{load.median('p99s'):.2f}" for load in fixed.values())]]
 
 
-# -- 14: idle connections ---------------------------------------------------------------------------
+# -- 21: idle connections ---------------------------------------------------------------------------
 
 
 def idle(bench):
-    say(f"14: {IDLE} idle connections")
+    say(f"21: {IDLE} idle connections")
     rows = []
     for name, proxy in bench.proxies.items():
         row = [name]
@@ -493,7 +493,7 @@ def asked(bench, port, tls):
     return connection
 
 
-# -- 15, 16: versions that change, through `pipeline serve` ----------------------------------------------
+# -- 22, 23: versions that change, through `pipeline serve` ----------------------------------------------
 
 
 @dataclass
@@ -573,7 +573,7 @@ def change(site, argv):
 
 def rollbacks(bench, site):
     """From the command to the last request that the version left accepted."""
-    say(f"15: {ROLLBACKS} rollbacks to a warm version")
+    say(f"22: {ROLLBACKS} rollbacks to a warm version")
     moments = []
     with Client(bench, site) as client:
         for number in range(ROLLBACKS):
@@ -600,7 +600,7 @@ def rollbacks(bench, site):
 
 def first_requests(bench, site):
     """From the moment the new version is ready, as it says itself, to the first request that it answered."""
-    say(f"16: {PROMOTIONS} promotions, from ready to the first request served")
+    say(f"23: {PROMOTIONS} promotions, from ready to the first request served")
     moments = []
     with Client(bench, site) as client:
         for number in range(PROMOTIONS):
@@ -624,5 +624,5 @@ def ready(site):
     return int(text)
 
 
-# 15 and 16 are joined with `pipeline serve` where that is started.
-MEASUREMENTS = {13: throughput, 14: idle}
+# 22 and 23 are joined with `pipeline serve` where that is started.
+MEASUREMENTS = {20: throughput, 21: idle}

@@ -36,6 +36,7 @@ mod serve;
 mod signals;
 mod signed;
 mod status;
+mod switch;
 mod targets;
 mod test;
 mod ui;
@@ -123,7 +124,7 @@ enum Verb {
     Approve(hold::ApproveArgs),
     /// Go back to the release that was healthy before, with its configuration; leaves a hold
     Rollback(promote::RollbackArgs),
-    /// Serve: bring what runs to what the ledger says, and take the requests for it
+    /// Bring what runs to what the ledger says, and take the requests for it
     Serve(serve::Args),
     /// Pause, resume or end the rollout of an environment that a daemon serves
     #[command(subcommand)]
@@ -182,6 +183,9 @@ enum Verb {
     /// Drive one instance of the local target (for the tests)
     #[command(name = "__instance", hide = true, subcommand)]
     Instance(one_instance::Verb),
+    /// The traffic switch alone (for the benchmarks)
+    #[command(name = "__switch", hide = true)]
+    Switch(switch::SwitchArgs),
 }
 
 /// Runs the program.
@@ -267,5 +271,6 @@ fn dispatch(cli: Cli) -> Result<u8> {
         Verb::Man => meta::man(),
         Verb::Pack(args) => meta::pack(&args),
         Verb::Instance(verb) => one_instance::run(&global, verb),
+        Verb::Switch(args) => switch::run(&args),
     }
 }

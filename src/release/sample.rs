@@ -111,7 +111,7 @@ impl World {
         for name in ["cosign.pub", "smoke.yaml"] {
             fs_err::write(folder.path().join(name), "").unwrap();
         }
-        let text = format!("name: shop\nbase: {{ debian: trixie }}\nhost: {{}}\n{yaml}");
+        let text = format!("name: shop\nbase: {{ debian: trixie }}\nhost: {{}}\nimage: {{ command: [/bin/true] }}\n{yaml}");
         let pipeline = crate::config::parse(&folder.path().join("pipeline.yaml"), &text, &[]).unwrap();
         let read = |path: &Path| Ok(if path.ends_with("cosign.pub") { KEY.into() } else { "name: smoke\n".into() });
         let policy = Policy::of(&pipeline, None, &read).unwrap();

@@ -39,7 +39,7 @@ use std::io;
 use std::net::{IpAddr, TcpListener};
 use std::pin::Pin;
 use std::str::FromStr;
-use std::sync::atomic::{AtomicU64, Ordering};
+use std::sync::atomic::{AtomicU64, AtomicUsize, Ordering};
 use std::sync::{Arc, Mutex};
 use std::time::{Duration, Instant, SystemTime};
 
@@ -57,7 +57,7 @@ use access::{AccessLog, AccessSink, Buffer};
 use metrics::Counters;
 use pool::{Clock, Pool};
 use table::{PoolView, Snapshot};
-use worker::{Job, Worker, lock};
+use worker::{Accepting, Job, Worker, lock};
 
 /// Makes a connection to an instance, to the port its program has.
 pub type Dialer = Arc<dyn Fn(Address, u16) -> Pin<Box<dyn Future<Output = io::Result<TcpStream>> + Send>> + Send + Sync>;
@@ -293,6 +293,8 @@ struct Inner {
     changes: watch::Sender<u64>,
     closing: watch::Sender<Option<u64>>,
     closing_since: AtomicU64,
+    /// Workers that accept, for each listener.
+    accepting: AtomicUsize,
     stop: watch::Sender<bool>,
     tls: Option<tls::Tls>,
     log: Option<AccessLog>,
@@ -359,6 +361,7 @@ impl Switch {
             changes: watch::Sender::new(0),
             closing: watch::Sender::new(None),
             closing_since: AtomicU64::new(0),
+            accepting: AtomicUsize::new(0),
             stop: watch::Sender::new(false),
             tls,
             log,
@@ -389,7 +392,7 @@ impl Switch {
                 return Err(problem.hint("name a certificate and its key in the settings of `pipeline serve`").into());
             }
             for worker in &inner.workers {
-                worker.tell(Job::Listen(listener.try_clone()?));
+                worker.tell(Job::Listen(listener.try_clone()?, Accepting::begin(inner)));
             }
         }
         Ok(())
@@ -475,7 +478,9 @@ impl Switch {
         inner.workers.iter().flat_map(|worker| worker.connections()).for_each(|connection| connection.wake());
         while Instant::now() < until {
             let busy = inner.pools().iter().any(|view| view.pool.left() != Draining::default());
-            if !busy && inner.counters.connections.load(Ordering::Relaxed) == 0 {
+            // In this order: who accepts counts a connection before it says that it accepts no more.
+            let accepting = inner.accepting.load(Ordering::SeqCst) > 0;
+            if !busy && !accepting && inner.counters.connections.load(Ordering::SeqCst) == 0 {
                 break;
             }
             tokio::time::sleep(Duration::from_millis(10)).await;

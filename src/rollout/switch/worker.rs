@@ -25,7 +25,7 @@ pub(super) fn lock<T>(mutex: &Mutex<T>) -> MutexGuard<'_, T> {
 /// What a worker is told.
 #[derive(Debug)]
 pub(super) enum Job {
-    Listen(Listener),
+    Listen(Listener, Accepting),
     Serve(Counted, std::net::TcpStream, SocketAddr, /* TLS */ bool),
 }
 
@@ -115,7 +115,7 @@ pub(super) fn run(switch: Arc<Inner>, worker: Arc<Worker>, jobs: UnboundedReceiv
 async fn take_jobs(switch: Arc<Inner>, worker: Arc<Worker>, mut jobs: UnboundedReceiver<Job>) {
     while let Some(job) = jobs.recv().await {
         match job {
-            Job::Listen(listener) => drop(tokio::spawn(accept(switch.clone(), worker.clone(), listener))),
+            Job::Listen(listener, accepting) => drop(tokio::spawn(accept(switch.clone(), worker.clone(), listener, accepting))),
             Job::Serve(counted, stream, peer, tls) => {
                 if let Ok(stream) = TcpStream::from_std(stream) {
                     serve(counted, stream, peer, tls);
@@ -130,6 +130,23 @@ fn serve(counted: Counted, stream: TcpStream, peer: SocketAddr, tls: bool) {
         connection::serve(counted.switch.clone(), counted.worker.clone(), stream, peer, tls).await;
         drop(counted);
     });
+}
+
+/// One worker that accepts, or will, at one listener; over when dropped, however that comes.
+#[derive(Debug)]
+pub(super) struct Accepting(Arc<Inner>);
+
+impl Accepting {
+    pub fn begin(switch: &Arc<Inner>) -> Self {
+        switch.accepting.fetch_add(1, Ordering::SeqCst);
+        Self(switch.clone())
+    }
+}
+
+impl Drop for Accepting {
+    fn drop(&mut self) {
+        self.0.accepting.fetch_sub(1, Ordering::SeqCst);
+    }
 }
 
 /// Takes a connection out of the counts when it ends, however that is.
@@ -156,7 +173,7 @@ impl Drop for Counted {
 }
 
 /// Accepts until the switch closes; every connection goes to the worker that has the fewest.
-async fn accept(switch: Arc<Inner>, worker: Arc<Worker>, listener: Listener) {
+async fn accept(switch: Arc<Inner>, worker: Arc<Worker>, listener: Listener, _accepting: Accepting) {
     let (name, tls) = (listener.name, listener.tls);
     let Ok(socket) = listener.socket.set_nonblocking(true).and_then(|()| tokio::net::TcpListener::from_std(listener.socket))
     else {
@@ -195,7 +212,7 @@ async fn make_room(switch: &Inner) {
 }
 
 fn hand_out(switch: &Arc<Inner>, own: &Arc<Worker>, stream: TcpStream, peer: SocketAddr, tls: bool) {
-    switch.counters.connections.fetch_add(1, Ordering::Relaxed);
+    switch.counters.connections.fetch_add(1, Ordering::SeqCst);
     switch.counters.accepted.fetch_add(1, Ordering::Relaxed);
     let load = |worker: &Worker| worker.load.load(Ordering::Relaxed);
     let least =
