@@ -75,7 +75,7 @@ pub struct Args {
     /// Name in which the daemon decides
     #[arg(long = "as", value_name = "NAME", default_value = "pipeline")]
     name: String,
-    /// Believe X-Forwarded-… of this network; may be repeated
+    /// Believe the X-Forwarded fields that come from this network; may be repeated
     #[arg(long, value_name = "NETWORK")]
     trust: Vec<String>,
 }
