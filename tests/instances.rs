@@ -478,7 +478,9 @@ fn a_terminal_is_a_terminal_inside() {
         case.page("x-0");
         let pipeline = common::binary().display().to_string();
         let root = case.project.root.display().to_string();
-        let inner = format!("{pipeline} --root {root} __instance exec x-0 -i -- sh -c 'tty; stty size; exit 9'");
+        // runc gives the terminal its size a moment after the start.
+        let size = "for i in 1 2 3 4 5 6 7 8 9; do stty size 2>/dev/null && break; sleep 0.1; done";
+        let inner = format!("{pipeline} --root {root} __instance exec x-0 -i -- sh -c 'tty; {size}; exit 9'");
         let answer = case.project.program("script").args(&["-qec", &format!("stty rows 33 cols 99; {inner}"), "/dev/null"]).run();
         answer.code(9);
         assert!(answer.stdout.contains("/dev/pts/0\r\n"), "{}", answer.stdout);

@@ -1,12 +1,12 @@
 //! Rollouts with the program as people call it: a daemon, an application that is easy to check, a client that counts every
 //! request, and promotions, rollbacks, upgrades and kills of the daemon meanwhile.
 
+#[path = "rollout/bad_days.rs"]
+mod bad_days;
 mod common;
 #[allow(dead_code, reason = "the program has more than these tests need")]
 #[path = "load/program.rs"]
 mod load;
-#[path = "rollout/bad_days.rs"]
-mod bad_days;
 #[path = "rollout/place.rs"]
 mod place;
 #[path = "rollout/targets.rs"]

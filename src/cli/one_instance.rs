@@ -2,7 +2,6 @@
 
 use std::collections::BTreeMap;
 use std::io::{Read as _, Write as _};
-use std::path::PathBuf;
 use std::time::{Duration, Instant};
 
 use anyhow::{Context as _, Result};
@@ -131,7 +130,7 @@ fn start(local: &Local, state: &std::path::Path) -> Result<()> {
     })
 }
 
-fn command(program: &PathBuf, dir: &std::path::Path, id: String) -> Result<()> {
+fn command(program: &std::path::Path, dir: &std::path::Path, id: String) -> Result<()> {
     #[derive(Deserialize)]
     struct Wanted {
         owned: Owned,

@@ -360,8 +360,9 @@ pub fn back(state: &State, back: Back) -> Result<state::Binding, Refused> {
         }),
         Back::Pair(release, config) => {
             let past = state.before.iter().find(|past| past.binding.pair() == (release, config));
-            past.map(|past| past.binding.clone())
-                .ok_or_else(|| none(format!("release `{}` with that configuration was not in `{}`", release.short(), state.name())))
+            past.map(|past| past.binding.clone()).ok_or_else(|| {
+                none(format!("release `{}` with that configuration was not in `{}`", release.short(), state.name()))
+            })
         }
         Back::To(release) => {
             let current = state.current.as_ref().map(state::Binding::pair);

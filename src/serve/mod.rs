@@ -94,10 +94,11 @@ pub fn run(
     // Nobody is sent anywhere before the table is known.
     runtime.block_on(first_pass(&shared));
     switch.serve(listeners.iter().map(Listener::try_clone).collect::<Result<_>>()?)?;
-    if holds && !listeners.is_empty() {
-        if let Err(error) = sockets::keep(&hold, &settings.program, &listeners) {
-            shared.world.warn(&format!("nobody holds the sockets while the daemon is away: {error:#}"));
-        }
+    if holds
+        && !listeners.is_empty()
+        && let Err(error) = sockets::keep(&hold, &settings.program, &listeners)
+    {
+        shared.world.warn(&format!("nobody holds the sockets while the daemon is away: {error:#}"));
     }
     let shown =
         listeners.iter().map(|listener| Ok(format!("{} {}", listener.name, listener.address()?))).collect::<Result<Vec<_>>>()?;

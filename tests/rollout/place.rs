@@ -17,7 +17,8 @@ use super::load::client::{self, ClientArgs};
 /// How long anything may take that takes a moment.
 const PATIENCE: Duration = Duration::from_secs(60);
 /// Starts the application; `options` of the source are its own.
-const RUN: &str = "#!/bin/sh\nexec /usr/bin/load upstream --port-from-env --version \"$(cat /opt/app/version)\" $(cat /opt/app/options)\n";
+const RUN: &str =
+    "#!/bin/sh\nexec /usr/bin/load upstream --port-from-env --version \"$(cat /opt/app/version)\" $(cat /opt/app/options)\n";
 
 /// The pipeline `tiny`, whose application is the test upstream, and its environments.
 pub struct Place {
@@ -248,8 +249,11 @@ fn app_base() -> &'static [u8] {
         let mut base = tar::Archive::new(tiny_base());
         for entry in base.entries().unwrap() {
             let mut entry = entry.unwrap();
-            let (mut header, path, link) =
-                (entry.header().clone(), entry.path().unwrap().into_owned(), entry.link_name().unwrap().map(|link| link.into_owned()));
+            let (mut header, path, link) = (
+                entry.header().clone(),
+                entry.path().unwrap().into_owned(),
+                entry.link_name().unwrap().map(|link| link.into_owned()),
+            );
             match link {
                 Some(link) => tar.append_link(&mut header, path, link).unwrap(),
                 None => tar.append_data(&mut header, path, &mut entry).unwrap(),
@@ -259,7 +263,10 @@ fn app_base() -> &'static [u8] {
             let bytes = fs_err::read(file).unwrap();
             let mut header = tar::Header::new_gnu();
             header.set_entry_type(tar::EntryType::Regular);
-            (header.set_mode(0o755), header.set_size(bytes.len() as u64), header.set_mtime(0), header.set_uid(0));
+            header.set_mode(0o755);
+            header.set_size(bytes.len() as u64);
+            header.set_mtime(0);
+            header.set_uid(0);
             header.set_gid(0);
             tar.append_data(&mut header, path.strip_prefix("/").unwrap(), bytes.as_slice()).unwrap();
         };

@@ -182,7 +182,8 @@ impl Checker<'_> {
         };
         let rest = to.strip_prefix("https://").or_else(|| to.strip_prefix("http://"));
         let visible = !to.contains(|c: char| c.is_whitespace() || c.is_control()) && to.is_ascii();
-        if !rest.is_some_and(|rest| !rest.is_empty() && !rest.starts_with('/') && visible) && !(to.starts_with('/') && visible) {
+        let elsewhere = rest.is_some_and(|rest| !rest.is_empty() && !rest.starts_with('/'));
+        if !visible || !(elsewhere || to.starts_with('/')) {
             let hint = Some("like `https://shop.test/`".into());
             self.findings.add(&at, format!("`{to}` is not a URL to go to"), hint);
         }

@@ -252,7 +252,7 @@ impl Client {
         let beside = Beside { id: next_id(), argv, terminal: false, timeout: Some(timeout) };
         let stdio = [null.into_parts().0.into(), writer.try_clone()?.into(), writer.into()];
         self.asking.ask(Job::Beside { beside, stdio, reply: Reply::Thread(sender) });
-        let result = answer.recv_timeout(timeout + CHECK_SLACK).unwrap_or_else(|_| Ok(Exit::TimedOut));
+        let result = answer.recv_timeout(timeout + CHECK_SLACK).unwrap_or(Ok(Exit::TimedOut));
         let _ = rest.recv_timeout(CHECK_REST);
         let output = kept.lock().map(|bytes| String::from_utf8_lossy(&bytes).into_owned()).unwrap_or_default();
         let last = output.lines().rev().find(|line| !line.trim().is_empty()).map(str::to_string);
