@@ -161,9 +161,9 @@ fn answer(mut stream: UnixStream, ledger: &Path, plan: Plan, asked: &Mutex<Vec<S
 
 /// What the daemon shows one after another of the decision that the ledger has last about `tiny/prod`.
 fn views(ledger: &Path, plan: Plan) -> Vec<Value> {
-    let output = std::process::Command::new("git")
+    let output = pipeline::cmd::Cmd::new("git")
         .args(["-c", "safe.directory=*", "show", "main:tiny/prod.json"])
-        .current_dir(ledger)
+        .dir(ledger)
         .output()
         .unwrap();
     let state: Value = serde_json::from_slice(&output.stdout).unwrap();
