@@ -105,8 +105,8 @@ def prepare(bench):
     call(bench.argv("keys", "generate", "team", "--output", folder), folder, bench.env)
 
 
-def base(path, more):
-    """A root file system of Debian's busybox-static, and a file of `more` bytes that nothing compresses."""
+def base(path, more, files=()):
+    """A root file system of Debian's busybox-static, a file of `more` bytes that nothing compresses, and programs: pairs of name and file."""
     program = shutil.which("busybox")
     if not program:
         raise Failed("`busybox` is missing: apt-get install busybox-static")
@@ -127,6 +127,8 @@ def base(path, more):
             add(f"bin/{name}", tarfile.SYMTYPE, 0o777, link="busybox")
         add("etc/passwd", tarfile.REGTYPE, 0o644, b"root:x:0:0:root:/root:/bin/sh\ndefault:x:1001:0:default:/opt/app:/bin/sh\n")
         add("etc/group", tarfile.REGTYPE, 0o644, b"root:x:0:\n")
+        for name, file in files:
+            add(name, tarfile.REGTYPE, 0o755, file.read_bytes())
         if more:
             add("usr/data", tarfile.REGTYPE, 0o644, random.Random(3).randbytes(more))
 

@@ -17,9 +17,11 @@ import statistics
 import subprocess
 import time
 from dataclasses import dataclass, field
+from pathlib import Path
 
 import peers
-from measure import Failed, Report, Times, call, check, say, table
+import release
+from measure import Failed, Report, Times, answer, call, check, say, table
 
 # The goals, from the issue: of haproxy's.
 THROUGHPUT, P99 = 0.8, 1.3
@@ -624,5 +626,85 @@ def ready(site):
     return int(text)
 
 
-# 22 and 23 are joined with `pipeline serve` where that is started.
-MEASUREMENTS = {20: throughput, 21: idle}
+PIPELINE = """\
+name: site
+base: { tar: ../base.tar }
+runtime: { builder: ../builder }
+source: { path: ../src }
+image: { port: 8080, health: { http: /healthz } }
+environments:
+  prod:
+    target: { local: {} }
+    routes: [ { host: site.test } ]
+    rollout: { warm: 1h, watch: { period: 0s } }
+"""
+RUN = '#!/bin/sh\nexec /usr/bin/load upstream --port-from-env --version "$(cat /opt/app/version)"\n'
+
+
+@contextlib.contextmanager
+def served(bench):
+    """`pipeline serve` with the test upstream as its application, in two versions."""
+    folder = bench.folder / "served"
+    (folder / "pipelines").mkdir(parents=True)
+    (folder / "src").mkdir()
+    (folder / "builder/s2i/bin").mkdir(parents=True)
+    (folder / "src/lock.txt").write_text("one 1.0\n")
+    (folder / "builder/builder.yaml").write_text(release.BUILDER)
+    for name, text in {**release.SCRIPTS, "run": RUN}.items():
+        script = folder / "builder/s2i/bin" / name
+        script.write_text(text if text.startswith("#!") else f"#!/bin/sh\nset -eu\n{text}")
+        script.chmod(0o755)
+    libraries = {Path(word) for word in call(["ldd", bench.client]).split() if word.startswith("/")}
+    files = [(str(path)[1:], path.resolve()) for path in sorted(libraries)] + [("usr/bin/load", Path(bench.client))]
+    release.base(folder / "base.tar", 0, files)
+    (folder / "pipelines/site.yaml").write_text(PIPELINE)
+    env = {**bench.env, "GIT_AUTHOR_NAME": "alice", "GIT_AUTHOR_EMAIL": "alice@example.org", "HOME": str(folder)}
+    with socket.socket() as free:
+        free.bind(("127.0.0.1", 0))
+        address = f"127.0.0.1:{free.getsockname()[1]}"
+    pipeline = [bench.program, "--root", folder / "root"]
+
+    def script(*lines):
+        return ["env", "-C", folder, "sh", "-euc", "\n".join(lines)]
+
+    def verb(*words):
+        return shlex.join(map(str, [*pipeline, "--quiet", *words]))
+
+    def promote(number):
+        version = f"1.{number}"
+        build = verb("build", "site", "--release", "--release-version", version)
+        return script(f"echo {version} >src/version", f"{build} >/dev/null", verb("promote", "site", "--to", "prod", "--release", version) + " >/dev/null")
+
+    call([*pipeline, "environment", "apply", "site"], folder, env)
+    with open(folder / "log", "wb") as log:
+        daemon = subprocess.Popen([*pipeline, "serve", "--listen", address], cwd=folder, env=env, stdin=subprocess.DEVNULL, stdout=log, stderr=log, preexec_fn=peers.die_with_parent)
+    try:
+        deadline = time.monotonic() + START_SECONDS
+        while b"serving" not in (folder / "log").read_bytes():
+            if daemon.poll() is not None or time.monotonic() > deadline:
+                raise Failed(f"`pipeline serve` does not serve: {(folder / 'log').read_text()}")
+            time.sleep(0.05)
+        for number in (100, 101):
+            call(promote(number), env=env)
+        rollback = script(verb("rollback", "site/prod") + " >/dev/null")
+        forward = script(verb("clear", "site/prod", "1.101"), verb("promote", "site", "--to", "prod", "--release", "1.101", "--lift") + " >/dev/null")
+        yield Site(address, "site.test", promote, rollback, forward, env)
+    finally:
+        daemon.terminate()
+        daemon.wait()
+        for one in answer([*pipeline, "__instance", "list"], folder, env)[1]:
+            call([*pipeline, "__instance", "stop", one["id"], "2"], folder, env)
+        subprocess.run(["rm", "-rf", "--one-file-system", folder])
+
+
+def rollback_served(bench):
+    with served(bench) as site:
+        rollbacks(bench, site)
+
+
+def promotion_served(bench):
+    with served(bench) as site:
+        first_requests(bench, site)
+
+
+MEASUREMENTS = {20: throughput, 21: idle, 22: rollback_served, 23: promotion_served}

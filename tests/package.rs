@@ -1,6 +1,8 @@
 //! The Debian package of `make deb`: what is in it, that it is the same twice, and that it installs, upgrades and goes in a
 //! throw-away root: this machine's files below an overlay in memory. Witnesses are dpkg, systemd and man.
 
+#![allow(clippy::disallowed_methods, reason = "the tests start the tools that are their witnesses")]
+
 mod common;
 
 use std::path::{Path, PathBuf};

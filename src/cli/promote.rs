@@ -307,6 +307,17 @@ pub fn finish(global: &Global, office: &Office, reasons: &Reasons, mut outcome: 
     })
 }
 
+/// Lets the daemon look at what was decided, here and below, without waiting for what it makes of it.
+pub fn told(global: &Global, office: &Office, outcome: &mut Outcome) {
+    if outcome.commit.is_some()
+        && let Ok(daemon) = Daemon::of(global, &office.around.host)
+    {
+        let wanted = wanted(outcome, Until::Done).filter(|_| outcome.unserved);
+        outcome.unserved &= !hand_over(office, &daemon, wanted.as_ref());
+    }
+    outcome.followed.iter_mut().for_each(|outcome| told(global, office, outcome));
+}
+
 /// Lets the daemon look at the ledger; whether it serves the environment of `wanted`.
 fn hand_over(office: &Office, daemon: &Daemon, wanted: Option<&Wanted>) -> bool {
     let serves = || -> Result<bool> {

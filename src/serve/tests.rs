@@ -511,8 +511,16 @@ fn what_belongs_together_switches_together_or_not_at_all() {
         |view: &View| view.rollout.as_ref().is_some_and(|rollout| rollout.version != "1.1" && rollout.phase == Phase::Failed);
     let view = place.until(NAME, "the failure", failed);
     assert!(is(&view, "1.1"), "{view:#?}");
-    let told = place.town.told.lock().unwrap().clone();
-    assert!(told.iter().any(|(_, reason, _)| reason.starts_with("it switches together with `cart/prod`")), "{told:?}");
+    // The ledger is told in a thread of its own.
+    let patience = Instant::now() + Duration::from_secs(30);
+    loop {
+        let told = place.town.told.lock().unwrap().clone();
+        if told.iter().any(|(_, reason, _)| reason.starts_with("it switches together with `cart/prod`")) {
+            break;
+        }
+        assert!(Instant::now() < patience, "{told:?}");
+        std::thread::sleep(Duration::from_millis(20));
+    }
     daemon.ended.store(true, Ordering::SeqCst);
     daemon.thread.join().unwrap().unwrap();
 }

@@ -1,7 +1,6 @@
 //! `docker` against a Docker daemon (as root) or podman (otherwise).
 
 use std::collections::BTreeMap;
-use std::net::SocketAddr;
 use std::os::unix::fs::MetadataExt as _;
 use std::path::{Path, PathBuf};
 use std::process::{Child, Command, Stdio};
@@ -145,13 +144,6 @@ impl World {
 
     fn one(&self, id: &str) -> Option<Found> {
         self.target().list().unwrap().into_iter().find(|found| found.id == id)
-    }
-
-    fn address(&self, id: &str) -> SocketAddr {
-        match self.one(id).and_then(|found| found.address) {
-            Some(Address::Tcp(address)) => address,
-            other => panic!("the address of {id} is {other:?}"),
-        }
     }
 
     /// A page of an instance, as soon as it answers; its address is asked for anew each time.

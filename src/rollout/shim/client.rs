@@ -25,6 +25,8 @@ use crate::sandbox::{self, Exit, Session};
 pub const SOCKET: &str = "sock";
 /// How long a shim may take for what it does at once.
 const ANSWER: Duration = Duration::from_secs(5);
+/// How long it may take to say how it is; what it wrote last is as good.
+const LISTED: Duration = Duration::from_secs(1);
 /// How long it may take beyond the grace to kill the program and remove what it made.
 const REMOVE: Duration = Duration::from_secs(30);
 /// How long it may take to be gone after that.
@@ -74,10 +76,10 @@ pub fn start(program: &Path, dir: &Path, instance: &Instance, owned: &Owned, sec
 /// # Errors
 /// A folder that cannot be read; an instance of a newer format. One without `instance.json` is no more.
 pub fn list(instances: &Path, kind: &str) -> Result<Vec<Seen>> {
-    let mut seen = Vec::new();
+    let mut found = Vec::new();
     let entries = match fs_err::read_dir(instances) {
         Ok(entries) => entries,
-        Err(error) if error.kind() == std::io::ErrorKind::NotFound => return Ok(seen),
+        Err(error) if error.kind() == std::io::ErrorKind::NotFound => return Ok(Vec::new()),
         Err(error) => return Err(error.into()),
     };
     for entry in entries {
@@ -95,12 +97,18 @@ pub fn list(instances: &Path, kind: &str) -> Result<Vec<Seen>> {
                 .into());
         }
         if instance.kind == kind {
-            let (state, alive) = state(&dir)?;
-            seen.push(Seen { instance, dir, state, alive });
+            found.push((instance, dir));
         }
     }
-    seen.sort_by(|a, b| a.instance.id.cmp(&b.instance.id));
-    Ok(seen)
+    found.sort_by(|(a, _), (b, _)| a.id.cmp(&b.id));
+    // All at once: one that starts or ends just now keeps nobody waiting for the others.
+    std::thread::scope(|scope| {
+        let asked: Vec<_> = found.iter().map(|(_, dir)| scope.spawn(|| state(dir))).collect();
+        let states = asked.into_iter().map(|asked| asked.join().unwrap_or_else(|panic| std::panic::resume_unwind(panic)));
+        let states: Vec<(State, bool)> = states.collect::<Result<_>>()?;
+        let both = found.iter().zip(states);
+        Ok(both.map(|((instance, dir), (state, alive))| Seen { instance: instance.clone(), dir: dir.clone(), state, alive }).collect())
+    })
 }
 
 /// How the instance in `dir` is, and whether its shim lives.
@@ -108,7 +116,7 @@ fn state(dir: &Path) -> Result<(State, bool)> {
     let last: Option<State> = fs_err::read(dir.join("status.json")).ok().and_then(|bytes| serde_json::from_slice(&bytes).ok());
     let last = last.unwrap_or(State { status: Running::Starting, restarts: 0, memory: None, last: None, notes: Vec::new() });
     if is_held(dir)? {
-        return Ok(match ask(dir, &Request::Status, ANSWER) {
+        return Ok(match ask(dir, &Request::Status, LISTED) {
             Ok((Response::State(state), _)) => (state, true),
             // Too busy to answer, or it ends just now.
             _ => (last, true),
