@@ -155,7 +155,7 @@ fn enter(global: &Global, name: &str, made: &Release, has_environments: bool) ->
         let ask = Ask::default();
         outcomes.push(office.sit(|desk| desk.decide(name, environment, &Action::Enter(candidate), &ask))?);
     }
-    outcomes.iter_mut().for_each(|outcome| promote::told(global, &office, outcome));
+    outcomes.iter_mut().for_each(|outcome| super::promote::told(global, &office, outcome));
     office.tags(name, What::Left);
     Ok(outcomes)
 }
