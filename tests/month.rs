@@ -465,7 +465,7 @@ impl Team {
     /// The ledger is sound, for us and for Git; every commit that is left over is one that a kill or a lost race left.
     fn is_sound(&self) {
         let pipeline = self.pipelines[0];
-        self.verb("ann", START + 40 * DAY, pipeline, &["ledger", "verify"]).ok().prints("sound: ");
+        self.verb("ann", START + 400 * DAY, pipeline, &["ledger", "verify"]).ok().prints("sound: ");
         let fsck = self.project.git_in(&self.ledger(), &["fsck", "--strict", "--full", "--no-progress"]);
         let wrong: Vec<&str> = fsck.stdout.lines().filter(|line| !line.starts_with("dangling ")).collect();
         assert_eq!(wrong, [""; 0]);
