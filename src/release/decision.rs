@@ -316,7 +316,8 @@ impl Frozen {
                 environments.insert(environment.to_owned(), freeze);
             }
             Kind::Thaw => {
-                let Some(freeze) = environments.get_mut(environment) else {
+                let active = environments.get_mut(environment).filter(|freeze| freeze.is_active(decision.time));
+                let Some(freeze) = active else {
                     return Err(Refused::new(Why::Nothing, format!("`{environment}` is not frozen in all pipelines")));
                 };
                 freeze.thawed.extend(authorized(with.iter(), decision)?);

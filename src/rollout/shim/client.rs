@@ -107,7 +107,9 @@ pub fn list(instances: &Path, kind: &str) -> Result<Vec<Seen>> {
         let states = asked.into_iter().map(|asked| asked.join().unwrap_or_else(|panic| std::panic::resume_unwind(panic)));
         let states: Vec<(State, bool)> = states.collect::<Result<_>>()?;
         let both = found.iter().zip(states);
-        Ok(both.map(|((instance, dir), (state, alive))| Seen { instance: instance.clone(), dir: dir.clone(), state, alive }).collect())
+        Ok(both
+            .map(|((instance, dir), (state, alive))| Seen { instance: instance.clone(), dir: dir.clone(), state, alive })
+            .collect())
     })
 }
 
