@@ -131,7 +131,7 @@ impl Place {
         (head.split(' ').nth(1).unwrap().parse().unwrap(), body.trim().to_owned())
     }
 
-    /// Starts the client that counts; it goes on until [`Watched::end`].
+    /// Starts the client that counts; it goes on until [`Watched::end`]. At a rate, so that what is watched gets the processor, too.
     pub fn client(&self, host: &str, mix: &str) -> Watched {
         #[derive(Debug, clap::Parser)]
         struct Client {
@@ -141,7 +141,10 @@ impl Place {
         let file = self.project.beside("client").join(format!("stop-{}", mix.len()));
         let _ = fs_err::remove_file(&file);
         let target = self.address;
-        let line = format!("client --target {target} --host {host} --mix {mix} --connections 12 --until-file {}", file.display());
+        let line = format!(
+            "client --target {target} --host {host} --mix {mix} --connections 12 --rate 600 --until-file {}",
+            file.display()
+        );
         let args = Client::try_parse_from(line.split_whitespace()).unwrap().args;
         let thread = std::thread::spawn(move || serde_json::to_value(client::run(&args).unwrap()).unwrap());
         Watched { file, thread }
