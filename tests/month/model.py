@@ -176,7 +176,6 @@ class Model:
             "configure": self.configure,
             "approve": self.approve,
         }.get(kind, self.plain)(commit, here)
-        here.freezes = [freeze for freeze in here.freezes if freeze[1] is None or commit["time"] < freeze[1]]
         here.time = commit["time"]
 
     def apply(self, commit):
@@ -320,6 +319,8 @@ class Model:
             here.hold = None
         elif kind == "freeze":
             self.expect(commit["reason"], "freezes without a reason")
+            # Who freezes forgets those that are over, and nobody else does.
+            here.freezes = [freeze for freeze in here.freezes if freeze[1] is None or commit["time"] < freeze[1]]
             here.freezes.append((actor, commit["until"]))
         elif kind == "thaw":
             self.expect(any(until is None or commit["time"] < until for _, until in here.freezes), "thaws what is not frozen")
