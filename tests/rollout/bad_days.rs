@@ -40,7 +40,7 @@ fn green_that_fails_leaves_blue_alone() {
     let daemon = place.serve(&[]);
     promoted(&place, "1.0", "").code(0);
     for (version, options, why) in
-        [("2.0", "--healthy-after 600", "healthy"), ("2.1", "--die-after 0", "end"), ("2.2", "--nonsense", "end")]
+        [("2.0", "--healthy-after 600", "healthy"), ("2.1", "--die-after 0", "end"), ("2.2", "--nonsense", "failed")]
     {
         let client = place.client("prod.test", "h1,h2,ws");
         let answer = promoted(&place, version, options);

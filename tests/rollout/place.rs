@@ -165,6 +165,17 @@ impl Place {
     }
 }
 
+impl Drop for Place {
+    /// A test that failed leaves nobody's program running.
+    fn drop(&mut self) {
+        let instances = self.project.root.join("state/instances");
+        for entry in fs_err::read_dir(&instances).into_iter().flatten().flatten() {
+            let id = entry.file_name().into_string().unwrap_or_default();
+            let _ = self.verb(&["__instance", "stop", &id, "1"]).run();
+        }
+    }
+}
+
 /// `pipeline serve`.
 pub struct Daemon<'p> {
     place: &'p Place,
