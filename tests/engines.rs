@@ -1,6 +1,7 @@
 //! The targets `docker` and `vm` against the real thing: a Docker daemon of the test's own, a guest of the appliance.
 
 #![allow(clippy::disallowed_methods, reason = "the tests start the tools that are their witnesses")]
+#![allow(clippy::print_stderr, reason = "what a failed test is told by")]
 
 mod common;
 

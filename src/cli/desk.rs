@@ -109,7 +109,7 @@ impl Office {
         }
         let signs = settings.sign
             || here.as_ref().is_some_and(|here| !here.releases.people.is_empty())
-            || (decides && has_people(&ledger)?);
+            || (decides && git.signing_key.is_some() && has_people(&ledger)?);
         let asked = around.host.variables.contains_key(SIGNING_KEY);
         let signer = match git.signing_key.filter(|_| signs || asked || git.signs) {
             Some(file) if decides => {

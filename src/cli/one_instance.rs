@@ -13,7 +13,7 @@ use crate::oci::digest::Digest;
 use crate::rollout::dial;
 use crate::rollout::shim::{self, Instance, Owned};
 use crate::rollout::target::local::Local;
-use crate::rollout::target::{Address, InstanceSpec, Limits, Secret, Target as _, VolumeMount};
+use crate::rollout::target::{InstanceSpec, Limits, Secret, Target as _, VolumeMount};
 
 #[derive(Debug, clap::Subcommand)]
 pub enum Verb {
@@ -166,18 +166,6 @@ fn get(local: &Local, id: &str, port: u16, count: u32) -> Result<()> {
         took.sort();
         let micros = |at: usize| took.get(at).map_or(0, Duration::as_micros);
         eprintln!("dial: median {} µs, p99 {} µs", micros(took.len() / 2), micros(took.len() * 99 / 100));
-        if let Address::Shim(path) = &address
-            && let Some(dir) = path.parent()
-        {
-            let mut asked = Vec::new();
-            for _ in 0..count.min(1000) {
-                let started = Instant::now();
-                drop(shim::connect(dir, port)?);
-                asked.push(started.elapsed());
-            }
-            asked.sort();
-            eprintln!("asking the shim: median {} µs", asked.get(asked.len() / 2).map_or(0, Duration::as_micros));
-        }
         use tokio::io::{AsyncReadExt as _, AsyncWriteExt as _};
         let mut stream = dial::dial(&address, port).await?;
         stream.write_all(b"GET / HTTP/1.1\r\nHost: localhost\r\nConnection: close\r\n\r\n").await?;

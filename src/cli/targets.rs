@@ -40,7 +40,7 @@ pub fn target(host: &Host, root: &Path, state: &Path, settings: &config::Target)
 
 /// Where the sockets are, which with systemd and in a session is in memory; see [`super::daemon::socket`].
 fn runtime(host: &Host, root: &Path, state: &Path) -> PathBuf {
-    if root == Path::new("/var/lib/pipeline") {
+    if root == Path::new(ui::SYSTEM) {
         return "/run/pipeline".into();
     }
     let of_user = host.variables.get("XDG_RUNTIME_DIR").filter(|dir| Path::new(dir).is_absolute());

@@ -91,7 +91,7 @@ pub fn cwd() -> Result<PathBuf> {
 }
 
 /// Where root and the service keep everything.
-const SYSTEM: &str = "/var/lib/pipeline";
+pub const SYSTEM: &str = "/var/lib/pipeline";
 
 /// Whether this is root, or the user of the service, whose home that folder is.
 pub fn is_system(host: &Host) -> bool {

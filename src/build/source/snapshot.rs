@@ -30,6 +30,7 @@ use rustix::io::Errno;
 use super::file;
 use super::listing::{Entry, Kind, Listing, Xattrs, parent};
 use super::scan::words;
+use crate::artifact::tree;
 use crate::error::Problem;
 use crate::fault;
 use crate::oci::digest::{Digest, Hasher};
@@ -49,9 +50,6 @@ const MANY_FILES: usize = 32;
 
 /// Bytes copied at a time.
 const BUFFER: usize = 128 * 1024;
-
-/// The kernel's name for the time since it was started (proc(5)).
-const BOOT_ID: &str = "/proc/sys/kernel/random/boot_id";
 
 /// A snapshot in use: it stays as long as this value lives.
 #[derive(Debug)]
@@ -87,7 +85,7 @@ pub fn snapshot(listing: &Listing, root: &Path, store: &Path) -> Result<Snapshot
 
 /// Names this boot of the machine; empty where that is not told.
 pub(super) fn boot_id() -> String {
-    fs::read_to_string(BOOT_ID).unwrap_or_default().trim().to_owned()
+    tree::boot_id().unwrap_or_default()
 }
 
 struct Store {

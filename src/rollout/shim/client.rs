@@ -23,8 +23,6 @@ use crate::sandbox::{self, Exit, Session};
 
 /// The socket in an instance's folder.
 pub const SOCKET: &str = "sock";
-/// How long a shim may take for what it does at once.
-const ANSWER: Duration = Duration::from_secs(5);
 /// How long it may take to say how it is; what it wrote last is as good.
 const LISTED: Duration = Duration::from_secs(1);
 /// How long it may take beyond the grace to kill the program and remove what it made.
@@ -165,15 +163,6 @@ fn answer(channel: &Channel) -> Result<(Response, Vec<OwnedFd>)> {
 fn connect_shim(dir: &Path) -> Result<Channel> {
     let name = dir.file_name().unwrap_or_default().to_string_lossy().into_owned();
     channel(dir).with_context(|| Problem::failed(format!("the instance `{name}` does not run")))
-}
-
-/// A socket connected to a port of the instance in `dir`, without blocking mode.
-pub fn connect(dir: &Path, port: u16) -> Result<OwnedFd> {
-    match ask(dir, &Request::Connect { port }, ANSWER)? {
-        (Response::Connected, fds) => fds.into_iter().next().context("no socket came along"),
-        (Response::Refused(why), _) => Err(Problem::failed(why).into()),
-        (other, _) => anyhow::bail!("unexpected answer: {other:?}"),
-    }
 }
 
 /// Ends the instance in `dir` and removes everything but its log; one that is not there is no error.

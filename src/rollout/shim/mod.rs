@@ -34,11 +34,11 @@ use std::time::Duration;
 use serde::{Deserialize, Serialize};
 use serde_json::Value;
 
-pub use client::{SOCKET, ask, connect, exec, forget, list, logs, start, stop};
+pub use client::{SOCKET, ask, exec, forget, list, logs, start, stop};
 pub(crate) use client::{ask_on, channel};
 pub use supervisor::main;
 
-use super::target::{Limits, Running, VolumeMount};
+use super::target::{InstanceSpec, Limits, Running, VolumeMount};
 use crate::oci::digest::Digest;
 use crate::sandbox::Exit;
 
@@ -63,6 +63,22 @@ pub struct Instance {
     /// What the kind of target wants to find again, as forwarded ports.
     #[serde(default)]
     pub data: Value,
+}
+
+impl Instance {
+    /// The record of `spec`, with what its `kind` of target wants to find again.
+    pub fn of(spec: &InstanceSpec, kind: &str, data: Value) -> Self {
+        Self {
+            format: FORMAT,
+            kind: kind.into(),
+            id: spec.id.clone(),
+            environment: spec.environment.clone(),
+            generation: spec.generation.clone(),
+            target: spec.target.clone(),
+            number: spec.number,
+            data,
+        }
+    }
 }
 
 /// What a shim owns.
@@ -139,8 +155,6 @@ pub enum Request {
     Status,
     /// End it and remove everything but the log: [`Response::Done`] when that is done.
     Stop { grace: Duration },
-    /// A socket connected to a port of the program: [`Response::Connected`] or [`Response::Refused`].
-    Connect { port: u16 },
     /// Sockets of the program's network, connected to nothing, at most 16: [`Response::Sockets`]. They are good
     /// until this connection ends.
     Sockets { count: usize },
@@ -159,8 +173,6 @@ pub enum Request {
 pub enum Response {
     State(State),
     Done,
-    /// The socket comes along.
-    Connected,
     /// The sockets come along.
     Sockets,
     Refused(String),

@@ -1,11 +1,10 @@
 //! The shim's socket: one thread a connection, which asks the shim's own thread for what only that may do.
 //!
-//! Sockets of the program's network are kept ready, so that [`Request::Connect`] asks nobody: a socket stays in the
+//! Sockets of the program's network are kept ready, so that [`Request::Sockets`] asks nobody: a socket stays in the
 //! network namespace it was made in, and anybody who has it may connect it.
 
 use std::collections::BTreeMap;
 use std::io::Read as _;
-use std::net::{Ipv4Addr, SocketAddrV4};
 use std::os::fd::{AsFd as _, BorrowedFd, OwnedFd};
 use std::os::unix::net::{UnixListener, UnixStream};
 use std::sync::atomic::{AtomicU64, AtomicUsize, Ordering};
@@ -14,7 +13,6 @@ use std::sync::{Arc, Condvar, Mutex};
 use std::time::Duration;
 
 use anyhow::{Context as _, Result};
-use rustix::event::{PollFd, PollFlags, Timespec, poll};
 
 use super::supervisor::{Asking, words};
 use super::{Request, Response, State};
@@ -24,12 +22,8 @@ use crate::sandbox::{Beside, Exit};
 
 /// Connections at once: a daemon, its predecessor, some people.
 const CONNECTIONS: usize = 512;
-/// How long a connection to the program may take; beyond it the program does not accept.
-const CONNECT: Duration = Duration::from_secs(1);
 /// How long to wait for sockets of the program's network.
 const SOCKETS: Duration = Duration::from_secs(2);
-/// Sockets that are kept ready.
-const READY: usize = 32;
 /// Fewer than this, and more are asked for.
 const FEW: usize = 16;
 /// Of a check's output the end is kept.
@@ -108,14 +102,6 @@ impl Sockets {
         }
     }
 
-    fn put_back(&self, socket: OwnedFd) {
-        if let Ok(mut ready) = self.ready.lock()
-            && ready.len() < READY
-        {
-            ready.push(socket);
-        }
-    }
-
     /// At least one and at most `count` sockets; asks for more in time.
     fn take(&self, count: usize, asking: &Asking) -> Option<Vec<OwnedFd>> {
         let mut ready = self.ready.lock().ok()?;
@@ -187,7 +173,6 @@ impl Client {
                     self.asking.ask(Job::Stop { grace, channel: self.channel });
                     return Ok(());
                 }
-                Request::Connect { port } => self.connect(port)?,
                 Request::Sockets { count } => self.hand_over(count)?,
                 Request::Check { argv, timeout } => {
                     let response = self.check(argv, timeout)?;
@@ -219,22 +204,6 @@ impl Client {
                 self.channel.send(&Response::Sockets, &borrowed)
             }
             _ => self.channel.send(&Response::Refused("the program has no network".into()), &[]),
-        }
-    }
-
-    fn connect(&self, port: u16) -> Result<()> {
-        let Some(socket) = self.sockets.take(1, &self.asking).and_then(|mut sockets| sockets.pop()) else {
-            return self.channel.send(&Response::Refused("the program has no network".into()), &[]);
-        };
-        match connect(&socket, port) {
-            Ok(()) => self.channel.send(&Response::Connected, &[socket.as_fd()]),
-            Err(error) => {
-                if error.kind() == std::io::ErrorKind::ConnectionRefused {
-                    // A socket that was refused may be tried again.
-                    self.sockets.put_back(socket);
-                }
-                self.channel.send(&Response::Refused(error.to_string()), &[])
-            }
         }
     }
 
@@ -303,19 +272,4 @@ fn keep_end(mut reader: std::io::PipeReader, kept: &Mutex<Vec<u8>>) {
             kept.drain(..over);
         }
     }
-}
-
-/// Connects a socket to a port of its network's loopback.
-fn connect(socket: &OwnedFd, port: u16) -> std::io::Result<()> {
-    let address = SocketAddrV4::new(Ipv4Addr::LOCALHOST, port);
-    match rustix::net::connect(socket, &address) {
-        Ok(()) => return Ok(()),
-        Err(rustix::io::Errno::INPROGRESS) => {}
-        Err(error) => return Err(error.into()),
-    }
-    let timeout = Timespec { tv_sec: i64::try_from(CONNECT.as_secs()).unwrap_or(1), tv_nsec: CONNECT.subsec_nanos().into() };
-    if poll(&mut [PollFd::new(socket, PollFlags::OUT)], Some(&timeout))? == 0 {
-        return Err(std::io::ErrorKind::TimedOut.into());
-    }
-    Ok(rustix::net::sockopt::socket_error(socket)??)
 }

@@ -10,7 +10,7 @@ use serde_json::json;
 
 use super::{Address, Checked, Found, InstanceSpec, Running, Target};
 use crate::error::Problem;
-use crate::rollout::shim::{self, FORMAT, Instance, Owned, ProgramSpec, Request, Response};
+use crate::rollout::shim::{self, Instance, Owned, ProgramSpec, Request, Response};
 
 /// Whose instances these are.
 const KIND: &str = "local";
@@ -50,16 +50,7 @@ impl Local {
 
 impl Target for Local {
     fn start(&self, spec: &InstanceSpec) -> Result<()> {
-        let instance = Instance {
-            format: FORMAT,
-            kind: KIND.into(),
-            id: spec.id.clone(),
-            environment: spec.environment.clone(),
-            generation: spec.generation.clone(),
-            target: spec.target.clone(),
-            number: spec.number,
-            data: json!({"image": spec.artifact, "port": spec.port}),
-        };
+        let instance = Instance::of(spec, KIND, json!({"image": spec.artifact, "port": spec.port}));
         let owned = Owned::Program(ProgramSpec {
             root: self.root.clone(),
             state: self.state.clone(),

@@ -154,16 +154,7 @@ impl Vm {
         fs_err::create_dir_all(folder.parent().context("a folder")?)?;
         std::fs::DirBuilder::new().mode(0o700).create(&folder).with_context(|| format!("cannot make `{}`", folder.display()))?;
         let files = machine::prepare(&store, &tools, &folder, spec, &disk)?;
-        let instance = Instance {
-            format: shim::FORMAT,
-            kind: KIND.into(),
-            id: spec.id.clone(),
-            environment: spec.environment.clone(),
-            generation: spec.generation.clone(),
-            target: spec.target.clone(),
-            number: spec.number,
-            data: serde_json::json!({"disk": spec.artifact, "app": app.name, "port": port}),
-        };
+        let instance = Instance::of(spec, KIND, serde_json::json!({"disk": spec.artifact, "app": app.name, "port": port}));
         let record = Record { format: machine::FORMAT, instance, app: app.name.clone(), port, command: target.command.clone() };
         let credentials = machine::credentials(spec, &app.name)?;
         // Before it is started: what runs has a record.
