@@ -10,7 +10,7 @@ use std::sync::atomic::{AtomicBool, Ordering};
 use std::sync::{Arc, Mutex};
 use std::time::Duration;
 
-use common::{Project, Run, me};
+use common::{Project, Run, me, tool};
 use serde_json::{Value, json};
 
 const ENVIRONMENTS: &str = "environments:\n  dev: { automatic: true }\n  prod: { from: dev, target: { local: {} } }\n";
@@ -236,8 +236,10 @@ fn promote_waits_and_shows() {
     {
         let daemon = shop.daemon(Plan::Hangs);
         shop.release("1.3");
-        shop.verb(&promote).arg("--no-wait").ok();
+        // The release that enters is told, too.
         assert_eq!(daemon.asked(), ["POST /v1/poke"]);
+        shop.verb(&promote).arg("--no-wait").ok();
+        assert_eq!(daemon.asked(), ["POST /v1/poke"; 2]);
         shop.release("1.4");
         let mut waiting = shop.verb(&promote).start();
         waiting.wait_for("healthy 0/1");
@@ -329,4 +331,115 @@ fn routes_and_groups_of_other_pipelines() {
     second.says("warning: what the image writes to `/data` in `prod` is gone with each instance");
     assert!(!second.stderr.contains("only environment of the group"), "{}", second.stderr);
     shop.verb(&["ledger", "verify"]).ok().prints("sound: ");
+}
+
+// -- the API over HTTPS -------------------------------------------------------------------------------
+
+/// Runs openssl in the project's folder; `line` without spaces in its words.
+fn openssl(project: &Project, line: &str) {
+    tool("openssl", "openssl");
+    project.program("openssl").args(&line.split(' ').collect::<Vec<_>>()).ok();
+}
+
+/// A token of 64 characters.
+fn token(letter: char) -> String {
+    letter.to_string().repeat(64)
+}
+
+/// One with a certificate of its own, an authority, a client of that, and a token.
+fn with_keys() -> Project {
+    let project = Project::tiny(me());
+    let text = project.read("pipeline.yaml");
+    project.write("pipeline.yaml", text + ENVIRONMENTS);
+    let new = "req -x509 -newkey ec -pkeyopt ec_paramgen_curve:P-256 -noenc -days 2";
+    let server = "-subj /CN=daemon -addext subjectAltName=IP:127.0.0.1 -addext basicConstraints=critical,CA:FALSE";
+    openssl(&project, &format!("{new} {server} -keyout server.key -out server.pem"));
+    openssl(&project, &format!("{new} -subj /CN=authority -keyout authority.key -out authority.pem"));
+    let client = "-subj /CN=ci -addext extendedKeyUsage=clientAuth -keyout ci.key -out ci.csr";
+    openssl(&project, &format!("req -new -newkey ec -pkeyopt ec_paramgen_curve:P-256 -noenc {client}"));
+    openssl(&project, "x509 -req -copy_extensions copy -in ci.csr -CA authority.pem -CAkey authority.key -days 2 -out ci.pem");
+    project.write("token", token('a'));
+    project.mode("token", 0o600);
+    project
+}
+
+/// Asks the API with curl; the status, `000` when no answer came, and the body.
+fn curl(project: &Project, address: &str, path: &str, more: &[&str]) -> (String, String) {
+    tool("curl", "curl");
+    let url = format!("https://{address}{path}");
+    let always =
+        ["--silent", "--noproxy", "*", "--cacert", "server.pem", "--max-time", "30", "--write-out", "\n%{http_code}", &url];
+    let answer = project.program("curl").args(&always).args(more).run();
+    let (body, status) = answer.stdout.rsplit_once('\n').unwrap();
+    (status.to_owned(), body.to_owned())
+}
+
+#[test]
+fn the_api_over_tcp_is_refused_without_keys() {
+    let project = with_keys();
+    let serve = ["serve", "--listen", "127.0.0.1:0", "--api-listen", "127.0.0.1:0"];
+    let refused = |more: &[&str], code: i32, says: &str| {
+        project.pipeline(&serve).args(more).run().code(code).says(says);
+    };
+    let pair = ["--certificate", "server.pem", "--key", "server.key"];
+    refused(&pair, 2, "open to everybody");
+    refused(&["--api-token", "token"], 2, "has no certificate");
+    let with_token = [&pair[..], &["--api-token", "token"]].concat();
+    project.mode("token", 0o644);
+    refused(&with_token, 1, "chmod o= token");
+    project.mode("token", 0o600);
+    project.write("token", "short\n");
+    refused(&with_token, 2, "token 1 in `token` is no token");
+    project.write("token", "# nobody yet\n");
+    refused(&with_token, 2, "`token` holds no token");
+    refused(&[&pair[..], &["--api-token", "nowhere"]].concat(), 1, "nowhere");
+    refused(&[&pair[..], &["--api-authority", "server.key"]].concat(), 2, "`server.key` holds no certificate");
+    project.assert_clean();
+}
+
+#[test]
+fn the_api_over_https_is_for_who_has_the_keys() {
+    let project = with_keys();
+    let address = format!("127.0.0.1:{}", common::free_port());
+    let options = ["--api-listen", &address, "--api-token", "token", "--api-authority", "authority.pem"];
+    let pair = ["--certificate", "server.pem", "--key", "server.key"];
+    let options = [&options[..], &pair[..]].concat();
+    let mut daemon = project.pipeline(&["serve", "--listen", "127.0.0.1:0"]).args(&options).start();
+    daemon.wait_for("serving");
+    let bearer = |letter: char| format!("authorization: Bearer {}", token(letter));
+    let ask = |path: &str, letter: char| {
+        curl(&project, &address, path, &["--cert", "ci.pem", "--key", "ci.key", "--header", &bearer(letter)])
+    };
+    let pid = |answer: (String, String)| {
+        assert_eq!(answer.0, "200", "{}", answer.1);
+        serde_json::from_str::<Value>(&answer.1).unwrap()["daemon"]["pid"].as_i64().unwrap()
+    };
+    assert_eq!(pid(ask("/v1/status", 'a')), i64::from(daemon.pid()));
+    assert!(ask("/metrics", 'a').1.contains("pipeline_passes_total "));
+    assert_eq!(ask("/healthz", 'a').0, "200");
+    // Without either of them nobody comes in.
+    assert_eq!(ask("/v1/status", 'b').0, "401");
+    assert_eq!(curl(&project, &address, "/v1/status", &["--cert", "ci.pem", "--key", "ci.key"]).0, "401");
+    assert_eq!(curl(&project, &address, "/v1/status", &["--header", &bearer('a')]).0, "000");
+    assert_eq!(curl(&project, &address, "/v1/poke", &["--cert", "ci.pem", "--key", "ci.key", "--data", ""]).0, "401");
+    // Another token, while it serves.
+    project.write("token", format!("{}\n{}\n", token('a'), token('b')));
+    assert_eq!((ask("/v1/status", 'a').0, ask("/v1/status", 'b').0), ("200".into(), "200".into()));
+    project.write("token", token('b'));
+    assert_eq!((ask("/v1/status", 'a').0, ask("/v1/status", 'b').0), ("401".into(), "200".into()));
+    // One that takes over has to know them, too.
+    project.pipeline(&["serve", "--replace"]).run().code(2).says("open to everybody");
+    assert_eq!(pid(ask("/v1/status", 'b')), i64::from(daemon.pid()));
+    project.pipeline(&["serve", "--replace", "--detach"]).args(&options).ok();
+    let next = pid(ask("/v1/status", 'b'));
+    assert_ne!(next, i64::from(daemon.pid()));
+    daemon.wait(Duration::from_secs(60)).code(0);
+    let next = rustix::process::Pid::from_raw(i32::try_from(next).unwrap()).unwrap();
+    rustix::process::kill_process(next, rustix::process::Signal::TERM).unwrap();
+    let patience = std::time::Instant::now() + Duration::from_secs(60);
+    while rustix::process::test_kill_process(next).is_ok() {
+        assert!(std::time::Instant::now() < patience, "{next:?} does not end");
+        std::thread::sleep(Duration::from_millis(20));
+    }
+    project.assert_clean();
 }

@@ -164,6 +164,10 @@ fn apply(global: &Global, pipeline: Option<&str>, reason: &str, dry_run: bool) -
         office.around.progress.warn(warning);
     }
     office.say_unchecked(!wanted.people.is_empty());
+    if applied.commit.is_some() {
+        // Routes and targets are what it says.
+        promote::look(global, &office);
+    }
     ui::answer(global, &json!({"schema": 1, "applied": applied}), || applied_text(&applied))?;
     Ok(0)
 }

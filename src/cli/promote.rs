@@ -122,10 +122,8 @@ fn automatic(global: &Global, office: &Office, pipeline: &str, reasons: &Reasons
     let outcomes = reasons.reported(pipeline, decided)?;
     let changes: Vec<_> = outcomes.iter().map(|outcome| reasons.change(office, &outcome.plan)).collect();
     reasons.write_junit(&outcomes.iter().collect::<Vec<_>>())?;
-    if outcomes.iter().any(|outcome| outcome.commit.is_some())
-        && let Ok(daemon) = Daemon::of(global, &office.around.host)
-    {
-        hand_over(office, &daemon, None);
+    if outcomes.iter().any(|outcome| outcome.commit.is_some()) {
+        look(global, office);
     }
     let tags = if reasons.dry_run { Vec::new() } else { office.tags(pipeline, What::Left) };
     let value = json!({"schema": 1, "outcomes": outcomes, "changes": changes, "tags": tags});
@@ -316,6 +314,13 @@ pub fn told(global: &Global, office: &Office, outcome: &mut Outcome) {
         outcome.unserved &= !hand_over(office, &daemon, wanted.as_ref());
     }
     outcome.followed.iter_mut().for_each(|outcome| told(global, office, outcome));
+}
+
+/// Lets the daemon look at the ledger, when one runs.
+pub fn look(global: &Global, office: &Office) {
+    if let Ok(daemon) = Daemon::of(global, &office.around.host) {
+        hand_over(office, &daemon, None);
+    }
 }
 
 /// Lets the daemon look at the ledger; whether it serves the environment of `wanted`.

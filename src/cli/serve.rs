@@ -15,13 +15,15 @@ use std::time::{Duration, SystemTime};
 use anyhow::{Context as _, Result};
 use jiff::Timestamp;
 
+use super::daemon::{self, Daemon};
 use super::desk::{Office, open_ledger};
 use super::progress::Shown;
-use super::{Global, daemon, targets, ui};
+use super::{Global, targets, ui};
 use crate::artifact::remote;
 use crate::artifact::store::Store;
 use crate::build::base;
 use crate::build::host::Host;
+use crate::cmd::Cmd;
 use crate::config::types::{self as config, Command, Seconds, SecretRef};
 use crate::error::{self, Kind as Fault, Problem};
 use crate::oci::digest::Digest;
@@ -38,6 +40,7 @@ use crate::rollout::generation::{Generation, Program};
 use crate::rollout::plan::{Unprepared, Verdict, VerdictKind, Wanted as Goal};
 use crate::rollout::switch::{self, CertificateFiles, Listener, access::AccessSink, listen};
 use crate::rollout::target::{Address, Secret, Target};
+use crate::serve::https::{self, Door};
 use crate::serve::sockets::{self, Wanted};
 use crate::serve::world::{self, Place, Reading, World};
 
@@ -63,9 +66,21 @@ pub struct Args {
     /// Private key of the certificate, in PEM
     #[arg(long, value_name = "FILE", requires = "certificate")]
     key: Vec<PathBuf>,
+    /// Answer the API with HTTPS at this address, too; may be repeated. Needs --certificate, and --api-token or --api-authority
+    #[arg(long, value_name = "ADDRESS:PORT")]
+    api_listen: Vec<SocketAddr>,
+    /// The API over HTTPS is for who has one of the tokens in this file, one on each line
+    #[arg(long, value_name = "FILE")]
+    api_token: Option<PathBuf>,
+    /// The API over HTTPS is for who has a certificate of the authority in this file, in PEM
+    #[arg(long, value_name = "FILE")]
+    api_authority: Option<PathBuf>,
     /// Take the place of the daemon that serves now; no request is lost
     #[arg(long)]
     replace: bool,
+    /// Return as soon as the daemon serves, which goes on by itself
+    #[arg(long)]
+    detach: bool,
     /// Longest time between a decision made elsewhere and the look at it
     #[arg(long, value_name = "TIME", default_value = "5s", value_parser = seconds)]
     poll: Duration,
@@ -94,18 +109,27 @@ pub fn run(global: &Global, args: Args) -> Result<u8> {
             .hint("`--certificate` and `--key` go in pairs")
             .into());
     }
+    let pairs = args.certificate.iter().zip(&args.key);
+    let certificates: Vec<_> =
+        pairs.map(|(certificate, key)| CertificateFiles { certificate: certificate.clone(), key: key.clone() }).collect();
+    let door = Door { certificates: certificates.clone(), tokens: args.api_token.clone(), authority: args.api_authority.clone() };
+    if !args.api_listen.is_empty() {
+        // Before anything else is touched.
+        door.ready()?;
+    }
+    let socket = daemon::socket(global, &host)?;
+    if args.detach {
+        return detach(&host, &Daemon::new(socket));
+    }
     let ended = Arc::new(AtomicBool::new(false));
     for signal in [signal_hook::consts::SIGTERM, signal_hook::consts::SIGINT] {
         signal_hook::flag::register(signal, ended.clone()).context("cannot watch for signals")?;
     }
-    let socket = daemon::socket(global, &host)?;
     let world = Arc::new(Here::open(global, &args.name, host, root, state.clone())?);
     let told = world.clone();
     let mut settings = switch::Settings::new(SystemTime::now, move |text: &str| told.note(text));
     settings.trusted = args.trust.iter().map(|network| Ok(network.parse()?)).collect::<Result<_>>()?;
-    let pairs = args.certificate.iter().zip(&args.key);
-    settings.certificates =
-        pairs.map(|(certificate, key)| CertificateFiles { certificate: certificate.clone(), key: key.clone() }).collect();
+    settings.certificates = certificates;
     if let Some(file) = &args.access_log {
         let opened = fs_err::OpenOptions::new().create(true).append(true).open(file)?;
         settings.access = Some(Box::new(LogFile(opened)));
@@ -114,14 +138,34 @@ pub fn run(global: &Global, args: Args) -> Result<u8> {
         version: env!("PIPELINE_VERSION").into(),
         state: state.join("rollout"),
         socket,
-        listeners: listeners(&args),
+        listeners: listeners(&args, given.is_empty()),
         replace: args.replace,
         poll: args.poll,
         program: world.host.program.clone(),
+        door,
     };
     let dialer: switch::Dialer = Arc::new(|address: Address, port| Box::pin(async move { dial::dial(&address, port).await }));
     crate::serve::run(&serve, world, given, settings, dialer, &ended)?;
     Ok(0)
+}
+
+/// Starts the daemon in a session of its own, with the same arguments, and waits until it is that one which answers.
+fn detach(host: &Host, daemon: &Daemon) -> Result<u8> {
+    let words = std::env::args_os().skip(1).filter(|word| word != "--detach");
+    let mut child = Cmd::new(&host.program).args(words).kept().spawn()?;
+    loop {
+        if let Some(status) = child.try_wait().context("cannot wait for the daemon")? {
+            // It said why.
+            return Ok(status.code().and_then(|code| u8::try_from(code).ok()).filter(|code| *code != 0).unwrap_or(1));
+        }
+        // One that is just being replaced may answer anything.
+        if let Ok(Some(overview)) = daemon.overview()
+            && overview.daemon.pid == child.id()
+        {
+            return Ok(0);
+        }
+        std::thread::sleep(Duration::from_millis(50));
+    }
 }
 
 /// `pipeline __hold PATH`.
@@ -129,13 +173,16 @@ pub fn hold(path: &Path) -> Result<()> {
     sockets::hold(path)
 }
 
-fn listeners(args: &Args) -> Vec<Wanted> {
+/// `alone`: systemd passed none.
+fn listeners(args: &Args, alone: bool) -> Vec<Wanted> {
     let plain = args.listen.iter().map(|address| Wanted { name: "http".into(), address: *address, tls: false });
     let tls = args.listen_tls.iter().map(|address| Wanted { name: "https".into(), address: *address, tls: true });
+    let api = args.api_listen.iter().map(|address| Wanted { name: https::NAME.into(), address: *address, tls: true });
     let mut wanted: Vec<Wanted> = plain.chain(tls).collect();
-    if wanted.is_empty() && !args.replace {
+    if wanted.is_empty() && alone && !args.replace {
         wanted.extend(LISTEN.parse().map(|address| Wanted { name: "http".into(), address, tls: false }));
     }
+    wanted.extend(api);
     wanted
 }
 

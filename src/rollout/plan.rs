@@ -30,9 +30,9 @@ use serde::{Deserialize, Serialize};
 
 pub use self::actions::{Action, Serving, actions, serving};
 use super::generation::{Generation, Program};
-use super::target::Running;
+use super::target::{GRACE, GRACE_MACHINE, Running};
 use super::view::{Color, Outcome, Phase, Result as Ending, Step};
-use crate::config::types::{OnFailure, RolloutSettings};
+use crate::config::types::{OnFailure, RolloutSettings, Target};
 use crate::oci::digest::Digest;
 use crate::release::decision::Status;
 
@@ -298,6 +298,17 @@ pub struct Look<'a> {
     pub wanted: Option<&'a Wanted>,
     pub seen: &'a Seen,
     pub now: Now,
+}
+
+/// Milliseconds that green may take to be healthy. A longer deadline of the image's own counts; where blue gives its volumes
+/// to green, the time it may take to end comes on top.
+pub fn start_limit(settings: &RolloutSettings, green: Option<&Generation>, exclusive: bool) -> u64 {
+    let own = green.map_or(0, Generation::deadline);
+    let is_machine = |green: &Generation| green.targets.values().any(|target| matches!(target, Target::Vm(_)));
+    let usual = if green.is_some_and(is_machine) { GRACE_MACHINE } else { GRACE };
+    let grace = settings.grace.map_or(usual, |grace| grace.duration());
+    let before = if exclusive { u64::try_from(grace.as_millis()).unwrap_or(u64::MAX) } else { 0 };
+    settings.deadline.0.saturating_mul(1000).max(own).saturating_add(before)
 }
 
 /// The environment as it is from now on; what it was when nothing changes.

@@ -1,4 +1,5 @@
-//! The API on the unix socket: HTTP/1.1 with JSON, for the command line and for whoever may open the socket.
+//! The API: HTTP/1.1 with JSON. On a unix socket it is for the command line and whoever may open the socket; over TCP for
+//! those whom [`super::https`] lets in.
 //!
 //! ```text
 //! GET  /v1/status                         view::Overview
@@ -77,7 +78,7 @@ pub fn bind(path: &Path) -> Result<tokio::net::UnixListener> {
     Ok(listener)
 }
 
-fn refusal(status: StatusCode, error: impl Into<String>, hints: &[&str]) -> Response {
+pub fn refusal(status: StatusCode, error: impl Into<String>, hints: &[&str]) -> Response {
     let hints = hints.iter().map(|hint| (*hint).to_owned()).collect();
     (status, Json(Refusal { error: error.into(), hints })).into_response()
 }

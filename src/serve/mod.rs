@@ -1,11 +1,12 @@
 //! The daemon: brings what runs to what the ledger says, serves the requests, and tells about it.
 //!
-//! [`pass`] is the reconciler, [`work`] does what is slow, [`api`] answers on the unix socket, [`show`] makes the answers,
-//! [`sockets`] keeps the listeners while one daemon takes the place of another. What it needs of the machine comes in as a
+//! [`pass`] is the reconciler, [`work`] does what is slow, [`api`] answers on the unix socket, [`https`] lets others in to it,
+//! [`show`] makes the answers, [`sockets`] keeps the listeners while one daemon takes the place of another. What it needs of the machine comes in as a
 //! [`world::World`]. Instances are not its children: they go on when it ends, and the next one finds them by what their
 //! targets list.
 
 mod api;
+pub mod https;
 mod model;
 mod pass;
 mod show;
@@ -21,6 +22,7 @@ use std::time::Duration;
 
 use anyhow::{Context as _, Result};
 
+use self::https::Door;
 use self::model::{Dial, Shared};
 use self::show::About;
 use self::sockets::Wanted;
@@ -42,13 +44,15 @@ pub struct Settings {
     pub state: PathBuf,
     /// The socket of the API; the others are beside it.
     pub socket: PathBuf,
-    /// Empty with `replace`: those of the daemon before.
+    /// Beside those of systemd. Empty with `replace`: those of the daemon before.
     pub listeners: Vec<Wanted>,
     pub replace: bool,
     /// Longest time between a decision made elsewhere and the look at it.
     pub poll: Duration,
     /// This executable, for the holder of the sockets.
     pub program: PathBuf,
+    /// Whom the listeners called [`https::NAME`] let in.
+    pub door: Door,
 }
 
 /// Serves until it is told to end.
@@ -69,7 +73,7 @@ pub fn run(
     fs_err::create_dir_all(&run)?;
     let (hold, replace) = (run.join("hold"), run.join("replace"));
     let folder = Folder::open(&settings.state)?;
-    let by_systemd = !given.is_empty();
+    let given_some = !given.is_empty();
     let (successor, held) = match settings.replace {
         true => {
             let (successor, listeners) = sockets::Successor::ask(&replace)?;
@@ -79,11 +83,13 @@ pub fn run(
     };
     let lock = lock(&folder.lock(), if successor.is_some() { LOCK } else { Duration::ZERO })?;
     let held = if held.is_empty() { sockets::take(&hold) } else { held };
-    // What systemd passes is all there is; and who takes over and is told no addresses takes them all.
-    let as_they_are = by_systemd || successor.is_some() && settings.listeners.is_empty();
-    let listeners = if as_they_are { held } else { sockets::take_or_bind(held, &settings.listeners)? };
-    // Where systemd keeps them, the daemon before had no holder either.
-    let holds = !by_systemd && (successor.is_none() || std::os::unix::net::UnixStream::connect(&hold).is_ok());
+    // Where systemd keeps them there is no holder: neither of ours nor of the daemon before.
+    let by_systemd = given_some || successor.is_some() && std::os::unix::net::UnixStream::connect(&hold).is_err();
+    // Who takes over and is told no addresses for requests takes them all.
+    let as_they_are = successor.is_some() && settings.listeners.iter().all(|wanted| wanted.name == https::NAME);
+    let listeners = sockets::take_or_bind(held, &settings.listeners, by_systemd || as_they_are)?;
+    let (doors, requests): (Vec<&Listener>, Vec<&Listener>) = listeners.iter().partition(|listener| listener.name == https::NAME);
+    let door = if doors.is_empty() { None } else { Some(Arc::new(settings.door.ready()?)) };
     folder.sweep()?;
     let (state, read_only) = load(&folder, world.as_ref())?;
     let switch = Switch::new(switch_settings, dial.clone())?;
@@ -93,8 +99,8 @@ pub fn run(
     start(&shared, settings, ended, runtime.handle())?;
     // Nobody is sent anywhere before the table is known.
     runtime.block_on(first_pass(&shared));
-    switch.serve(listeners.iter().map(Listener::try_clone).collect::<Result<_>>()?)?;
-    if holds
+    switch.serve(requests.into_iter().map(Listener::try_clone).collect::<Result<_>>()?)?;
+    if !by_systemd
         && !listeners.is_empty()
         && let Err(error) = sockets::keep(&hold, &settings.program, &listeners)
     {
@@ -106,6 +112,11 @@ pub fn run(
     let about = About { version: settings.version.clone(), started: shared.world.now(), poll: settings.poll, listeners: shown };
     let api = api::bind(&settings.socket)?;
     let router = api::router(shared.clone(), Arc::new(about));
+    let mut entrances = Vec::new();
+    for (listener, door) in doors.into_iter().zip(door.iter().cycle()) {
+        let socket = listener.try_clone()?.socket;
+        entrances.push(runtime.spawn(https::serve(socket, door.clone(), router.clone(), shared.clone())));
+    }
     let server = runtime.spawn(async move { axum::serve(api, router).await });
     if let Some(successor) = successor {
         successor.ready()?;
@@ -121,6 +132,8 @@ pub fn run(
         }
         shared.model().resting = true;
         shared.wake();
+        // Who comes now is the next daemon's.
+        entrances.iter().for_each(tokio::task::JoinHandle::abort);
         if !replaced.load(Ordering::SeqCst) {
             sockets::quit(&hold);
             let _ = fs_err::remove_file(&settings.socket);
@@ -179,7 +192,7 @@ fn read(shared: &Arc<Shared>, ended: &AtomicBool, poll: Duration) {
         let reading = shared.world.read();
         let mut model = shared.model();
         match reading {
-            Ok(reading) => (model.reading, model.reading_error) = (Some(reading), None),
+            Ok(reading) => model.read(reading),
             Err(error) => {
                 let text = format!("{error:#}");
                 if model.reading_error.as_ref() != Some(&text) {

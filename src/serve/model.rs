@@ -72,6 +72,8 @@ pub struct Model {
     pub bases: BTreeMap<(String, String), crate::rollout::switch::Figures>,
     /// How rollouts ended, by environment and result: count and seconds, for the metrics.
     pub ended: BTreeMap<(String, String), (u64, f64)>,
+    /// Decisions that brought another pair since the daemon started, by environment and what they were.
+    pub decided: BTreeMap<(String, &'static str), u64>,
     pub last_pass: Instant,
     pub last_pass_wall: Option<Timestamp>,
     pub passes: u64,
@@ -133,6 +135,7 @@ impl Shared {
             switch_error: None,
             bases: BTreeMap::new(),
             ended: BTreeMap::new(),
+            decided: BTreeMap::new(),
             last_pass: Instant::now(),
             last_pass_wall: None,
             passes: 0,
@@ -214,6 +217,21 @@ impl Model {
         let generation = environment.known(&found.generation)?;
         let program = generation.programs.get(&found.target)?;
         Some((Check::of(program, generation.targets.get(&found.target)?), program.port))
+    }
+
+    /// Takes what the ledger says, and counts the decisions in it, for the metrics.
+    pub fn read(&mut self, reading: Reading) {
+        let pair =
+            |reading: &Reading, name: &String| Some(reading.environments.get(name)?.wanted.generation.as_ref()?.id.clone());
+        for (name, place) in reading.environments.iter().filter(|_| self.reading.is_some()) {
+            let before = self.reading.as_ref().and_then(|reading| pair(reading, name));
+            let after = pair(&reading, name);
+            if after.is_some() && after != before {
+                let kind = if place.wanted.is_rollback { "rolled-back" } else { "promoted" };
+                *self.decided.entry((name.clone(), kind)).or_default() += 1;
+            }
+        }
+        (self.reading, self.reading_error) = (Some(reading), None);
     }
 
     /// What there is of `name`.

@@ -7,8 +7,9 @@ use jiff::{SignedDuration, Timestamp};
 
 use super::model::{Model, Shared};
 use super::world::Reading;
+use crate::config::types::RolloutSettings;
 use crate::release::decision::Status;
-use crate::rollout::plan::{Environment, Now, Peers, Seen};
+use crate::rollout::plan::{self, Environment, Now, Peers, Seen};
 use crate::rollout::target::Running;
 use crate::rollout::view::{Daemon, FORMAT, InstanceView, Overview, Phase, Progress, Promise, Side, View};
 
@@ -92,7 +93,7 @@ fn of(shared: &Shared, model: &mut Model, name: &str) -> View {
         live,
         rollback: promise(&environment, model.reading.as_ref(), name, other.as_ref()),
         other,
-        rollout: progress(&environment, now, place.map_or(0, |place| place.wanted.settings.deadline.0)),
+        rollout: progress(&environment, now, place.map(|place| &place.wanted.settings)),
         maintenance: environment.maintenance.clone(),
         health,
         message,
@@ -157,10 +158,11 @@ fn status(status: &Running) -> String {
     }
 }
 
-fn progress(environment: &Environment, now: Now, deadline: u64) -> Option<Progress> {
+fn progress(environment: &Environment, now: Now, settings: Option<&RolloutSettings>) -> Option<Progress> {
     let rollout = environment.rollout.as_ref()?;
     let generation = environment.known(&rollout.generation);
-    let longest = deadline.saturating_mul(1000).max(generation.map_or(0, |generation| generation.deadline()));
+    let gives_way = rollout.exclusive && rollout.from.is_some();
+    let longest = settings.map_or(0, |settings| plan::start_limit(settings, generation, gives_way));
     let is_starting = rollout.outcome.is_none() && rollout.phase == Phase::Starting;
     Some(Progress {
         generation: rollout.generation.clone(),
@@ -208,6 +210,10 @@ pub fn metrics(shared: &Shared) -> String {
         let labels = format!("environment=\"{environment}\",status=\"{status}\"");
         let _ = writeln!(text, "pipeline_rollout_duration_seconds_sum{{{labels}}} {sum}");
         let _ = writeln!(text, "pipeline_rollout_duration_seconds_count{{{labels}}} {count}");
+    }
+    head(&mut text, "pipeline_promotion_total", "counter", "Decisions that brought another release or configuration.");
+    for ((stage, result), count) in &model.decided {
+        let _ = writeln!(text, "pipeline_promotion_total{{stage=\"{stage}\",result=\"{result}\"}} {count}");
     }
     head(&mut text, "pipeline_stage_info", "gauge", "What is live in an environment.");
     let names = model.names();

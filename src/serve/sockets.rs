@@ -31,8 +31,9 @@ pub struct Wanted {
     pub tls: bool,
 }
 
-/// The listeners in `held` that are wanted, by address and kind, and new ones for the rest.
-pub fn take_or_bind(mut held: Vec<Listener>, wanted: &[Wanted]) -> Result<Vec<Listener>> {
+/// The listeners in `held` that are wanted, by address and kind, and new ones for the rest; with `all` also what nobody
+/// asked for.
+pub fn take_or_bind(mut held: Vec<Listener>, wanted: &[Wanted], all: bool) -> Result<Vec<Listener>> {
     let mut listeners = Vec::new();
     for want in wanted {
         let is = |listener: &Listener| {
@@ -43,6 +44,7 @@ pub fn take_or_bind(mut held: Vec<Listener>, wanted: &[Wanted]) -> Result<Vec<Li
         let found = held.iter().position(is).map(|index| held.swap_remove(index));
         listeners.push(found.map_or_else(|| Listener::bind(&want.name, want.address, want.tls), Ok)?);
     }
+    listeners.extend(held.into_iter().filter(|_| all));
     Ok(listeners)
 }
 

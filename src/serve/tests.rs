@@ -36,6 +36,8 @@ struct Village {
     /// Versions (by artifact) that are never well.
     sick: Mutex<BTreeSet<Digest>>,
     starts: AtomicU64,
+    /// How long those that were stopped might have taken.
+    graces: Mutex<Vec<Duration>>,
     /// No call comes back.
     hangs: AtomicBool,
 }
@@ -119,8 +121,9 @@ impl Target for Village {
         Ok(self.houses.lock().unwrap().values().map(|house| house.found.clone()).collect())
     }
 
-    fn stop(&self, id: &str, _grace: Duration) -> Result<()> {
+    fn stop(&self, id: &str, grace: Duration) -> Result<()> {
         self.hang();
+        self.graces.lock().unwrap().push(grace);
         if let Some(house) = self.houses.lock().unwrap().remove(id) {
             house.stop.store(true, Ordering::SeqCst);
             if let Some(Address::Tcp(address)) = house.found.address {
@@ -247,6 +250,7 @@ fn goal(generation: Generation, is_rollback: bool) -> Goal {
     let deadline = Seconds(if generation.version == "1.3" || generation.version == "1.5" { 2 } else { 60 });
     let mut settings = RolloutSettings { deadline, ..RolloutSettings::default() };
     settings.watch.period = Seconds(1);
+    settings.grace = (generation.version == "1.3").then_some(Seconds(5));
     Goal { generation: Some(generation), is_rollback, health: Status::Unknown, settings, together: None }
 }
 
@@ -281,6 +285,7 @@ impl Field {
             replace,
             poll: Duration::from_millis(200),
             program: "/nowhere".into(),
+            door: Door::default(),
         };
         let given = if replace { Vec::new() } else { vec![self.listener.try_clone().unwrap()] };
         let ended = Arc::new(AtomicBool::new(false));
@@ -432,6 +437,9 @@ fn promote_roll_back_fail_restart_replace_without_a_lost_request() {
     assert_eq!((told.len(), &told[0].0), (1, &back));
     assert_eq!(told[0].1, "0/2 healthy after 2 s: /up answered with status 503");
     assert!(told[0].2[0].ends_with("says that it is not well"), "{told:?}");
+    // What was warm was stopped for 1.3, in the time that its settings give.
+    let graces = place.town.village.graces.lock().unwrap().clone();
+    assert!(!graces.is_empty() && graces.iter().all(|grace| grace.as_secs() == 5), "{graces:?}");
     // Another daemon beside is refused, with the process.
     let beside = place.serve(false).thread.join().unwrap().unwrap_err().to_string();
     assert_eq!(beside, format!("a daemon serves this root already: process {}", std::process::id()));
@@ -442,6 +450,8 @@ fn promote_roll_back_fail_restart_replace_without_a_lost_request() {
     assert_eq!(view.live.unwrap().healthy, 2);
     place.promote(4, false);
     place.until_live("1.4", Ending::Succeeded);
+    let counted = "pipeline_promotion_total{stage=\"shop/prod\",result=\"promoted\"} 1\n";
+    assert!(place.ask("GET", "/metrics", "").1.contains(counted));
     stop.store(true, Ordering::SeqCst);
     let (got, lost) = client.join().unwrap();
     assert_eq!(lost, [""; 0], "{got:?}");
@@ -460,6 +470,7 @@ fn promote_roll_back_fail_restart_replace_without_a_lost_request() {
     assert_eq!((overview.format, overview.environments.len()), (1, 1));
     let (status, text) = place.ask("GET", "/metrics", "");
     assert!(status == 200 && text.contains("pipeline_stage_info{stage=\"shop/prod\""), "{text}");
+    assert!(!text.contains("pipeline_promotion_total{"), "this daemon has seen no decision: {text}");
     assert_eq!(place.ask("GET", "/healthz", "").0, 200);
     assert_eq!(place.ask("GET", "/v1/environments/shop/none", "").0, 404);
     assert_eq!(place.ask("POST", "/v1/environments/shop/prod/rollout", r#"{"do":"abort"}"#).0, 409);
@@ -576,13 +587,13 @@ fn the_holder_keeps_sockets_of_a_daemon_that_is_gone() {
     }
     assert_eq!(sockets::take(&path).len(), 0);
     let wanted = [Wanted { name: "http".into(), address: ([127, 0, 0, 1], 0).into(), tls: false }];
-    let listeners = sockets::take_or_bind(Vec::new(), &wanted).unwrap();
+    let listeners = sockets::take_or_bind(Vec::new(), &wanted, false).unwrap();
     let address = listeners[0].address().unwrap();
     sockets::keep(&path, Path::new("/nowhere"), &listeners).unwrap();
     drop(listeners);
     // Nobody accepts, and nobody is refused.
     let mut early = TcpStream::connect(address).unwrap();
-    let again = sockets::take_or_bind(sockets::take(&path), &wanted).unwrap();
+    let again = sockets::take_or_bind(sockets::take(&path), &wanted, false).unwrap();
     assert_eq!(again[0].address().unwrap(), address);
     let mut accepted = loop {
         match again[0].socket.accept() {

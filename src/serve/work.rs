@@ -16,8 +16,6 @@ use crate::rollout::health::{ANSWER, Answer, Check, STATUS_LINE_MAX};
 use crate::rollout::plan::Action;
 use crate::rollout::target::{Address, Running, Target};
 
-/// How long a program has to end before it is ended by force.
-const GRACE: Duration = Duration::from_secs(10);
 /// Lines that are kept of an instance that failed.
 const LOG_LINES: usize = 30;
 /// Bytes of them.
@@ -171,8 +169,11 @@ fn stop(shared: &Arc<Shared>, model: &mut Model, id: &str, forget: bool) {
     if model.busy.contains(&format!("start {id}")) {
         return;
     }
+    let place = model.reading.as_ref().and_then(|reading| reading.environments.get(&found.environment));
+    let written = place.and_then(|place| place.wanted.settings.grace);
+    let grace = written.map_or_else(|| target.grace(), |grace| grace.duration());
     spawn(shared, model, format!("stop {id}"), move |shared, key| {
-        let stopped = target.stop(&found.id, GRACE).and_then(|()| if forget { target.forget(&found.id) } else { Ok(()) });
+        let stopped = target.stop(&found.id, grace).and_then(|()| if forget { target.forget(&found.id) } else { Ok(()) });
         let listed = target.list();
         let mut model = shared.model();
         model.pulses.remove(&found.id);

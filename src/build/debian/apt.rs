@@ -23,9 +23,9 @@ use crate::cmd::{self, Cmd};
 use crate::error::{self, Problem};
 use crate::oci::digest::Digest;
 
-/// Settings of this machine's apt below `Acquire::` that say what to accept or which lists to
-/// keep; they are ours to decide.
-const NOT_CARRIED: [&str; 10] = [
+/// Settings of this machine's apt below `Acquire::` that say what to accept, which lists to keep or what a
+/// downloaded file is; they are ours to decide.
+const NOT_CARRIED: [&str; 11] = [
     "Acquire::AllowInsecureRepositories",
     "Acquire::AllowWeakRepositories",
     "Acquire::AllowDowngradeToInsecureRepositories",
@@ -36,6 +36,7 @@ const NOT_CARRIED: [&str; 10] = [
     "Acquire::GzipIndexes",
     "Acquire::CompressionTypes",
     "Acquire::cdrom",
+    "Acquire::Source-Symlinks",
 ];
 
 /// apt's own retries of a failed transfer; more is left to the caller, who says exit code 75.
@@ -168,6 +169,7 @@ APT::Get::AllowUnauthenticated "false";
 APT::Update::Error-Mode "any";
 Acquire::Languages "none";
 Acquire::ForceHash "SHA256";
+Acquire::Source-Symlinks "false";
 "#,
         netrc = host_path(host, "Dir::Etc::netrc"),
         netrcparts = host_path(host, "Dir::Etc::netrcparts"),

@@ -252,7 +252,9 @@ impl Checker<'_> {
         let place = &place.key("rollout");
         let default = RolloutSettings::default();
         let deadline = self.duration(written.deadline, &place.key("deadline"), default.deadline.duration());
+        let grace = written.grace.map(|text| self.period(Some(text), &place.key("grace"), Seconds(0)));
         RolloutSettings {
+            grace,
             deadline: Seconds(deadline.as_secs()),
             drain: self.period(written.drain, &place.key("drain"), default.drain),
             streams: self.period(written.streams, &place.key("streams"), default.streams),

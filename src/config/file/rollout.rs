@@ -159,6 +159,9 @@ pub struct Rollout {
     /// How long its WebSockets and event streams stay open, at most. Default: 60s.
     #[serde(default)]
     pub streams: Option<String>,
+    /// How long a program may take to end after it was asked to, then it is killed. Default: 10s, a machine 60s.
+    #[serde(default)]
+    pub grace: Option<String>,
     /// How long the old release stays ready for a rollback; `0s`: not at all. Default: 15m.
     #[serde(default)]
     pub warm: Option<String>,

@@ -299,6 +299,9 @@ pub struct RolloutSettings {
     pub drain: Seconds,
     /// How long WebSockets and event streams of blue stay open, at most.
     pub streams: Seconds,
+    /// How long a program may take to end after it was asked to; then it is killed. `None`: what is usual for its target.
+    #[serde(skip_serializing_if = "Option::is_none")]
+    pub grace: Option<Seconds>,
     /// How long blue stays warm after the switch; 0: it is stopped after the drain.
     pub warm: Seconds,
     /// Bytes all warm instances of the environment may use together. `None`: no limit.
@@ -325,6 +328,7 @@ impl Default for RolloutSettings {
             deadline: Seconds(60),
             drain: Seconds(30),
             streams: Seconds(60),
+            grace: None,
             warm: Seconds(15 * 60),
             warm_memory: None,
             hold: Seconds(10),

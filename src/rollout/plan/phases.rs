@@ -147,8 +147,7 @@ impl Environment {
             self.fail(look, Ending::Failed, format!("`{}` cannot be started: {error}", place.id), None);
             return true;
         }
-        // A longer deadline of the image's own counts, and a program that stops for blue has blue's end before it.
-        let deadline = (look.settings().deadline.0.saturating_mul(1000)).max(generation.deadline());
+        let deadline = super::start_limit(&look.settings(), Some(&generation), blue.is_some());
         if look.now.steady.saturating_sub(entered) < deadline {
             return false;
         }

@@ -7,6 +7,7 @@ use crate::config::types::{Ask, Local, RolloutCheck, Seconds, Target, Volume, Vo
 use crate::release::decision::Configuration;
 use crate::rollout::view::Result as Ending;
 
+mod clock;
 mod random;
 
 const NAME: &str = "shop/prod";
@@ -556,7 +557,10 @@ fn exclusive_volumes_have_one_owner() {
     world.want(generation(3, 1, true), false);
     assert_eq!(world.settle(), ["serve nothing", "stop 1.2", "start 1.3"]);
     assert!(serving(&world.environment, world.look()).hold);
+    // Blue's end is not green's time.
     world.later(60);
+    assert_eq!(world.settle(), [""; 0]);
+    world.later(10);
     world.well = true;
     let done = world.settle();
     let expected = [
@@ -564,7 +568,7 @@ fn exclusive_volumes_have_one_owner() {
         "stop 1.3, keep its log",
         "start 1.2",
         "serve 1.2",
-        "tell rollback: 0/1 healthy after 60 s: connection refused",
+        "tell rollback: 0/1 healthy after 70 s: connection refused",
         "report healthy",
     ];
     assert_eq!(done, expected);

@@ -7,6 +7,7 @@ use std::os::unix::fs::{DirBuilderExt as _, MetadataExt as _};
 use std::os::unix::net::UnixStream;
 use std::path::{Path, PathBuf};
 use std::process::Stdio;
+use std::sync::{Arc, Mutex, PoisonError};
 use std::time::{Duration, Instant};
 
 use anyhow::{Context as _, Result};
@@ -29,6 +30,8 @@ const LISTED: Duration = Duration::from_secs(1);
 const REMOVE: Duration = Duration::from_secs(30);
 /// How long it may take to be gone after that.
 const GONE: Duration = Duration::from_secs(5);
+/// Pauses, in milliseconds, after which a terminal's size is told again.
+const SIZES: [u64; 6] = [100, 200, 400, 800, 1600, 3200];
 /// Shells' convention: 128 and the signal.
 const SIGNALLED: i32 = 128;
 /// What outlives an instance.
@@ -154,7 +157,17 @@ pub(crate) fn channel(dir: &Path) -> std::io::Result<Channel> {
 }
 
 fn answer(channel: &Channel) -> Result<(Response, Vec<OwnedFd>)> {
-    match channel.receive()? {
+    use std::io::ErrorKind::{TimedOut, WouldBlock};
+    let late = |error: &anyhow::Error| {
+        let errno = error.downcast_ref::<rustix::io::Errno>().map(|errno| std::io::Error::from(*errno).kind());
+        let kind = errno.or(error.downcast_ref::<std::io::Error>().map(std::io::Error::kind));
+        matches!(kind, Some(TimedOut | WouldBlock))
+    };
+    let received = channel.receive();
+    if received.as_ref().is_err_and(late) {
+        return Err(Problem::transient("the shim of the instance does not answer in time").into());
+    }
+    match received? {
         Some(Frame::Json(payload, fds)) => Ok((parse(&payload)?, fds)),
         _ => Err(Problem::transient("the instance ended meanwhile").into()),
     }
@@ -289,15 +302,26 @@ fn pass_signals(channel: &Channel, terminal: bool) -> Result<Passing> {
     let mut signals =
         signal_hook::iterator::Signals::new([SIGINT, SIGTERM, SIGHUP, SIGQUIT, SIGWINCH]).context("cannot watch for signals")?;
     let handle = signals.handle();
-    let channel = Channel(channel.0.try_clone()?);
+    let channel = Arc::new(Mutex::new(Channel(channel.0.try_clone()?)));
+    let tell = |channel: &Mutex<Channel>, signal| {
+        let channel = channel.lock().unwrap_or_else(PoisonError::into_inner);
+        channel.send(&Request::Signal { signal }, &[]).is_ok()
+    };
+    if terminal {
+        // The size it has from the start. Nobody tells when runc begins to listen; a size that is the same changes nothing.
+        let channel = channel.clone();
+        std::thread::spawn(move || {
+            for pause in SIZES {
+                std::thread::sleep(Duration::from_millis(pause));
+                if !tell(&channel, SIGWINCH) {
+                    return;
+                }
+            }
+        });
+    }
     std::thread::spawn(move || {
-        if terminal {
-            // The size it has from the start.
-            std::thread::sleep(Duration::from_millis(100));
-            let _ = channel.send(&Request::Signal { signal: SIGWINCH }, &[]);
-        }
         for signal in signals.forever() {
-            if (terminal || signal != SIGWINCH) && channel.send(&Request::Signal { signal }, &[]).is_err() {
+            if (terminal || signal != SIGWINCH) && !tell(&channel, signal) {
                 return;
             }
         }

@@ -62,7 +62,7 @@ impl Listener {
 }
 
 /// What systemd passed: `fds` and `names` are the values of `LISTEN_FDS` and `LISTEN_FDNAMES` of a process whose id is
-/// in `LISTEN_PID`. A name that begins with `https` speaks TLS. Call it once, before anything else opens a file.
+/// in `LISTEN_PID`. A name that begins with `https`, and `api`, speaks TLS. Call it once, before anything else opens a file.
 pub fn from_systemd(fds: &str, names: &str) -> Result<Vec<Listener>> {
     let count: usize = fds
         .parse()
@@ -75,7 +75,7 @@ pub fn from_systemd(fds: &str, names: &str) -> Result<Vec<Listener>> {
             let name = names.next().unwrap_or("http").to_owned();
             let socket = adopt(SYSTEMD_FIRST + index as i32)
                 .with_context(|| format!("the socket `{name}` from systemd cannot be used"))?;
-            listener(name.clone(), name.starts_with("https"), socket)
+            listener(name.clone(), name.starts_with("https") || name == "api", socket)
         })
         .collect()
 }

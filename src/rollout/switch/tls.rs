@@ -8,7 +8,8 @@ use anyhow::{Context as _, Result};
 use rustls::crypto::ring;
 use rustls::pki_types::pem::PemObject as _;
 use rustls::pki_types::{CertificateDer, PrivateKeyDer, ServerName};
-use rustls::server::{ClientHello, ParsedCertificate, ResolvesServerCert};
+use rustls::server::danger::ClientCertVerifier;
+use rustls::server::{ClientHello, ParsedCertificate, ResolvesServerCert, WebPkiClientVerifier};
 use rustls::sign::CertifiedKey;
 
 use crate::error::Problem;
@@ -36,25 +37,34 @@ struct Loaded {
 #[derive(Debug, Clone)]
 struct Certificates(Arc<RwLock<Vec<Loaded>>>);
 
-/// The TLS side of the switch.
+/// What protocols over TLS a server offers, most wanted first (RFC 7301).
+pub const BOTH: &[&str] = &["h2", "http/1.1"];
+
+/// The TLS side of a server.
 #[derive(Debug)]
-pub(super) struct Tls {
+pub struct Tls {
     certificates: Certificates,
     config: Arc<rustls::ServerConfig>,
 }
 
 impl Tls {
-    /// Reads all pairs; an error names the file.
-    pub fn load(files: &[CertificateFiles]) -> Result<Self> {
+    /// Reads all pairs; an error names the file. With an `authority` (certificates in PEM) a client has to have a certificate
+    /// that it signed.
+    pub fn load(files: &[CertificateFiles], protocols: &[&str], authority: Option<&Path>) -> Result<Self> {
         let loaded = files
             .iter()
             .map(|files| Ok(Loaded { files: files.clone(), stamps: stamps(files), key: read(files)? }))
             .collect::<Result<Vec<_>>>()?;
         let certificates = Certificates(Arc::new(RwLock::new(loaded)));
-        let builder = rustls::ServerConfig::builder_with_provider(Arc::new(ring::default_provider()));
+        let provider = Arc::new(ring::default_provider());
+        let builder = rustls::ServerConfig::builder_with_provider(provider.clone());
         let builder = builder.with_safe_default_protocol_versions().context("ring knows the default versions of TLS")?;
-        let mut config = builder.with_no_client_auth().with_cert_resolver(Arc::new(certificates.clone()));
-        config.alpn_protocols = vec![b"h2".to_vec(), b"http/1.1".to_vec()];
+        let builder = match authority {
+            None => builder.with_no_client_auth(),
+            Some(file) => builder.with_client_cert_verifier(clients(file, provider)?),
+        };
+        let mut config = builder.with_cert_resolver(Arc::new(certificates.clone()));
+        config.alpn_protocols = protocols.iter().map(|protocol| protocol.as_bytes().to_vec()).collect();
         config.ticketer = ring::Ticketer::new().context("cannot make a key for session tickets")?;
         Ok(Self { certificates, config: Arc::new(config) })
     }
@@ -93,6 +103,27 @@ impl Tls {
     }
 }
 
+/// Who knows the clients of the authority in `file`.
+fn clients(file: &Path, provider: Arc<rustls::crypto::CryptoProvider>) -> Result<Arc<dyn ClientCertVerifier>> {
+    let mut roots = rustls::RootCertStore::empty();
+    for certificate in certificates(file)? {
+        roots.add(certificate).with_context(|| format!("`{}` is not the certificate of an authority", file.display()))?;
+    }
+    let verifier = WebPkiClientVerifier::builder_with_provider(Arc::new(roots), provider).build();
+    verifier.with_context(|| format!("`{}` cannot be an authority of clients", file.display()))
+}
+
+/// All certificates of a PEM file, one at least.
+fn certificates(path: &Path) -> Result<Vec<CertificateDer<'static>>> {
+    let shown = path.display();
+    let found = CertificateDer::pem_slice_iter(&fs_err::read(path)?).collect::<Result<Vec<_>, _>>();
+    let found = found.with_context(|| format!("`{shown}` is not PEM"))?;
+    if found.is_empty() {
+        return Err(Problem::usage(format!("`{shown}` holds no certificate")).into());
+    }
+    Ok(found)
+}
+
 fn stamp(path: &Path) -> Option<Stamp> {
     let metadata = fs_err::metadata(path).ok()?;
     Some([metadata.mtime(), metadata.mtime_nsec(), metadata.ino() as i64, metadata.size() as i64])
@@ -105,11 +136,7 @@ fn stamps(files: &CertificateFiles) -> [Option<Stamp>; 2] {
 /// Reads a pair and makes sure that its halves belong together.
 fn read(files: &CertificateFiles) -> Result<Arc<CertifiedKey>> {
     let (certificate, key) = (files.certificate.display(), files.key.display());
-    let chain = CertificateDer::pem_slice_iter(&fs_err::read(&files.certificate)?).collect::<Result<Vec<_>, _>>();
-    let chain = chain.with_context(|| format!("`{certificate}` is not PEM"))?;
-    if chain.is_empty() {
-        return Err(Problem::usage(format!("`{certificate}` holds no certificate")).into());
-    }
+    let chain = certificates(&files.certificate)?;
     let private =
         PrivateKeyDer::from_pem_slice(&fs_err::read(&files.key)?).with_context(|| format!("`{key}` holds no private key"))?;
     let pair = CertifiedKey::from_der(chain, private, &ring::default_provider());

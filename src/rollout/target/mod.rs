@@ -91,6 +91,10 @@ pub struct Limits {
     pub pids: Option<u32>,
 }
 
+/// How long a program has to end before it is ended by force, where nobody says otherwise; and a machine, with all in it.
+pub const GRACE: Duration = Duration::from_secs(10);
+pub const GRACE_MACHINE: Duration = Duration::from_secs(60);
+
 /// A kind of place where instances run. Calls block; they are made from threads.
 pub trait Target: Send + Sync + fmt::Debug {
     /// Starts an instance; when one of this id is there (running or not) it is left as it is.
@@ -107,6 +111,11 @@ pub trait Target: Send + Sync + fmt::Debug {
     /// Asks it to end (SIGTERM or the image's stop signal; ACPI), after `grace` by force, and
     /// removes it. What is not there is no error. Its log stays until [`Target::forget`].
     fn stop(&self, id: &str, grace: Duration) -> Result<()>;
+
+    /// How long a program of this kind usually has to end.
+    fn grace(&self) -> Duration {
+        GRACE
+    }
 
     /// Removes what is left of a stopped instance: its log.
     fn forget(&self, id: &str) -> Result<()>;

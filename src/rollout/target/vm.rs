@@ -30,7 +30,7 @@ use anyhow::{Context as _, Result};
 use self::guest::{Guest, Monitor};
 use self::machine::Record;
 use super::docker::secrets;
-use super::{Address, Checked, Found, InstanceSpec, Running, Target};
+use super::{Address, Checked, Found, GRACE_MACHINE, InstanceSpec, Running, Target};
 use crate::artifact::disk;
 use crate::artifact::store::{Store, write_atomic};
 use crate::config::types as config;
@@ -349,6 +349,10 @@ impl Target for Vm {
             }
         }
         Ok(())
+    }
+
+    fn grace(&self) -> Duration {
+        GRACE_MACHINE
     }
 
     fn forget(&self, id: &str) -> Result<()> {

@@ -267,6 +267,7 @@ environments:
       deadline: 2m
       drain: 5s
       streams: 0s
+      grace: 45s
       warm: 1h
       warm_memory: 2G
       hold: 3s
@@ -328,6 +329,7 @@ fn what_is_read_and_what_the_ledger_gives_back() {
             deadline: Seconds(120),
             drain: Seconds(5),
             streams: Seconds(0),
+            grace: Some(Seconds(45)),
             warm: Seconds(3600),
             warm_memory: Some(2 << 30),
             hold: Seconds(3),
@@ -436,7 +438,7 @@ fn the_examples_of_the_page_are_right() {
 fn the_schema_tells_everything() {
     let schema = crate::config::schema();
     let keys = &schema["$defs"]["Rollout"]["properties"];
-    for key in ["deadline", "drain", "streams", "warm", "warm_memory", "hold", "preview", "watch", "on_failure"] {
+    for key in ["deadline", "drain", "streams", "grace", "warm", "warm_memory", "hold", "preview", "watch", "on_failure"] {
         assert!(keys[key].get("description").is_some(), "{key}");
     }
     assert_eq!(schema["$defs"]["Target"]["additionalProperties"], false);
