@@ -478,10 +478,10 @@ fn a_terminal_is_a_terminal_inside() {
         case.page("x-0");
         let pipeline = common::binary().display().to_string();
         let root = case.project.root.display().to_string();
-        // runc gives the terminal its size a moment after the start, and may lose what a terminal prints at its very end; and
-        // `script` hangs up when nobody is at its own input.
-        let size = "i=0; while [ $((i += 1)) -le 50 ] && ! stty size 2>/dev/null; do sleep 0.1; done";
-        let inner = format!("{pipeline} --root {root} __instance exec x-0 -i -- sh -c 'tty; {size}; sleep 1; exit 9'");
+        // runc gives the terminal its size a moment after the start, and until then `stty size` prints nothing; and `script` hangs
+        // up when nobody is at its own input.
+        let size = "i=0; while [ -z \"$(stty size)\" ] && [ $((i += 1)) -le 50 ]; do sleep 0.1; done; stty size";
+        let inner = format!("{pipeline} --root {root} __instance exec x-0 -i -- sh -c 'tty; {size}; exit 9'");
         let outer = format!("stty rows 33 cols 99; {inner}");
         let answer = case.project.program("sh").args(&["-c", "sleep 7 | script -qec \"$1\" /dev/null", "sh", &outer]).run();
         answer.code(9);

@@ -124,7 +124,8 @@ fn it_installs_upgrades_and_goes() {
         echo "subgid $(grep ^pipeline: /etc/subgid)"
         echo "state $(stat --format '%a %U %G' /var/lib/pipeline)"
         # The pages that the units name, and the program that they start.
-        echo "verified $(systemd-analyze verify --man=no pipeline.service pipeline.socket pipeline-https.socket 2>&1)"
+        # systemd before 254 does not know one key, and passes over it.
+        echo "verified $(systemd-analyze verify --man=no pipeline.service pipeline.socket pipeline-https.socket 2>&1 | grep -v "Unknown key.*'DelegateSubgroup'")"
         # The user's range, under the unit's bounding set.
         capabilities=$(sed -n 's/^CapabilityBoundingSet=//p' /usr/lib/systemd/system/pipeline.service | tr 'A-Z ' 'a-z,' | sed 's/cap_/+/g')
         cd /

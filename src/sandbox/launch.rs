@@ -15,7 +15,7 @@ use std::time::{Duration, Instant};
 
 use anyhow::{Context as _, Result};
 use rustix::event::{PollFd, PollFlags, Timespec, poll};
-use rustix::fs::{FileType, Mode, OFlags, ResolveFlags};
+use rustix::fs::{FileType, Mode, OFlags, ResolveFlags, StatVfsMountFlags};
 use rustix::mount::{MountFlags, UnmountFlags};
 use serde_json::json;
 
@@ -368,7 +368,9 @@ fn runc(spec: &RunSpec, mounted: &Mounted, user: &User, group: &Group) -> Result
     for mount in &spec.mounts {
         match mount {
             Mount::Bind { source, target, writable } => {
-                mounts.push(json!({"destination": target, "type": "bind", "source": source, "options": ["rbind", if *writable { "rw" } else { "ro" }]}));
+                let mut options = vec!["rbind", if *writable { "rw" } else { "ro" }];
+                options.extend(locked(source));
+                mounts.push(json!({"destination": target, "type": "bind", "source": source, "options": options}));
             }
             Mount::Tmpfs { target } => mounts.push(
                 json!({"destination": target, "type": "tmpfs", "source": "tmpfs", "options": ["nosuid", "nodev", "mode=1777"]}),
@@ -425,6 +427,18 @@ fn runc(spec: &RunSpec, mounted: &Mounted, user: &User, group: &Group) -> Result
         .args(["run", "--bundle"])
         .arg(&bundle)
         .arg(format!("pipeline-{}", name_of(spec))))
+}
+
+/// What a bind mount of `source` has to say to be made read-only: flags of a mount from a user namespace above are locked, and
+/// a remount that does not name them is refused (mount_namespaces(7)). bubblewrap does this by itself.
+fn locked(source: &Path) -> Vec<&'static str> {
+    rustix::fs::statvfs(source).map_or_else(|_| Vec::new(), |found| options(found.f_flag))
+}
+
+fn options(flags: StatVfsMountFlags) -> Vec<&'static str> {
+    use StatVfsMountFlags as Flags;
+    let names = [(Flags::NOSUID, "nosuid"), (Flags::NODEV, "nodev"), (Flags::NOEXEC, "noexec")];
+    names.into_iter().filter(|(flag, _)| flags.contains(*flag)).map(|(_, name)| name).collect()
 }
 
 fn spawn(spec: &RunSpec, command: Cmd, stdio: Vec<OwnedFd>, group: Group) -> Result<Running> {
@@ -668,5 +682,12 @@ mod tests {
             assert_eq!(User::resolve(text, root.path()).unwrap(), expected, "{text}");
         }
         assert_eq!(User::resolve("nobody", root.path()).unwrap_err().to_string(), "the image has no user `nobody`");
+    }
+
+    #[test]
+    fn a_bind_mount_keeps_the_flags_of_where_it_comes_from() {
+        let flags = StatVfsMountFlags::NOSUID | StatVfsMountFlags::NODEV | StatVfsMountFlags::RDONLY;
+        assert_eq!(options(flags), ["nosuid", "nodev"]);
+        assert!(locked(Path::new("/nonexistent")).is_empty());
     }
 }

@@ -13,8 +13,11 @@ use super::protocol::Limits;
 /// Prefix of our control groups.
 const PREFIX: &str = "pipeline-step-";
 
-/// The group of what is not limited, in a group that was given to us.
+/// The group of what is not limited, in a group that was given to us: `DelegateSubgroup=` of the unit (systemd 254).
 const MAIN: &str = "pipeline-main";
+
+/// Where systemd starts what it runs beside a service whose group is given to it, as `ExecReload=` (systemd.exec(5)).
+const CONTROL: &str = ".control";
 
 /// The control groups of one command, removed on drop.
 #[derive(Debug, Default)]
@@ -166,43 +169,36 @@ fn quota(millis: u64) -> u64 {
     (millis * PERIOD / 1000).max(1000)
 }
 
-/// Where groups are made: this process's own, or the one above when [`make_room`] put it below.
+/// Where groups are made: this process's own, or the one above when systemd put it below.
 fn above(own: &Path) -> PathBuf {
-    if own.file_name().is_some_and(|name| name == MAIN) { own.parent().unwrap_or(own).into() } else { own.into() }
+    let is_below = own.file_name().is_some_and(|name| name == MAIN || name == CONTROL);
+    if is_below { own.parent().unwrap_or(own).into() } else { own.into() }
 }
 
-/// A group of the unified hierarchy gives its controllers to groups below only while no process is in it itself
-/// (kernel documentation, cgroup-v2, "No Internal Process Constraint"). Where systemd gave us the group (`Delegate=`, of
-/// which it leaves a mark), what is in it moves to a group of its own; elsewhere nothing is touched.
+/// A group of the unified hierarchy gives its controllers to groups below only while no process is in it itself, and while it
+/// does takes none (kernel documentation, cgroup-v2, "No Internal Process Constraint"). So a group that systemd gave us
+/// (`Delegate=`, of which it leaves a mark) gives them only where systemd starts the service in a group below: else the service
+/// could not be started again while an instance runs.
 fn make_room(own: &Path) {
     let is_ours = ["user.delegate", "trusted.delegate"]
         .iter()
         .any(|name| xattr::get(own, name).is_ok_and(|value| value.as_deref() == Some(b"1".as_slice())));
-    if is_ours && !own.join(MAIN).join("cgroup.procs").exists() {
-        let _ = fs_err::create_dir(own.join(MAIN));
-    }
     if is_ours {
         give_controllers(own);
     }
 }
 
-/// Moves the processes of a group to the one below, and gives its controllers to those below.
+/// Gives the controllers of a group to those below, where there is one for what is not limited.
 fn give_controllers(own: &Path) {
-    let write = |path: PathBuf, text: &str| {
-        fs_err::OpenOptions::new()
+    if !own.join(MAIN).join("cgroup.procs").exists() {
+        return;
+    }
+    for controller in ["+memory", "+pids", "+cpu"] {
+        // Whether they are there is seen where a limit is set.
+        let _ = fs_err::OpenOptions::new()
             .write(true)
-            .open(path)
-            .and_then(|mut file| std::io::Write::write_all(&mut file, text.as_bytes()))
-    };
-    // Processes may start others meanwhile.
-    for _ in 0..10 {
-        for pid in fs_err::read_to_string(own.join("cgroup.procs")).unwrap_or_default().lines() {
-            let _ = write(own.join(MAIN).join("cgroup.procs"), pid);
-        }
-        let given = ["+memory", "+pids", "+cpu"].map(|controller| write(own.join("cgroup.subtree_control"), controller).is_ok());
-        if given.contains(&true) {
-            return;
-        }
+            .open(own.join("cgroup.subtree_control"))
+            .and_then(|mut file| std::io::Write::write_all(&mut file, controller.as_bytes()));
     }
 }
 
@@ -269,26 +265,27 @@ mod tests {
 
     #[test]
     fn a_group_is_not_made_below_the_one_of_what_is_not_limited() {
-        assert_eq!(above(Path::new("/a/b")), Path::new("/a/b"));
-        assert_eq!(above(Path::new("/a/b/pipeline-main")), Path::new("/a/b"));
+        for (own, expected) in [("/a/b", "/a/b"), ("/a/b/pipeline-main", "/a/b"), ("/a/b/.control", "/a/b")] {
+            assert_eq!(above(Path::new(own)), Path::new(expected));
+        }
     }
 
     #[test]
-    fn processes_move_down_before_controllers_are_given() {
+    fn controllers_are_given_where_systemd_starts_the_service_in_a_group_below() {
         let own = tempfile::tempdir().unwrap();
-        let write = |name: &str, text: &str| fs_err::write(own.path().join(name), text).unwrap();
+        let control = own.path().join("cgroup.subtree_control");
+        let read = || fs_err::read_to_string(&control).unwrap();
+        fs_err::write(&control, "").unwrap();
+        give_controllers(own.path());
+        assert_eq!(read(), "");
         fs_err::create_dir(own.path().join(MAIN)).unwrap();
-        for (name, text) in [("cgroup.procs", "12\n"), ("cgroup.subtree_control", ""), ("pipeline-main/cgroup.procs", "")] {
-            write(name, text);
-        }
+        fs_err::write(own.path().join(MAIN).join("cgroup.procs"), "").unwrap();
         // Without the mark nothing is touched.
         make_room(own.path());
-        let read = |name: &str| fs_err::read_to_string(own.path().join(name)).unwrap();
-        assert_eq!((read("pipeline-main/cgroup.procs"), read("cgroup.subtree_control")), (String::new(), String::new()));
+        assert_eq!(read(), "");
         give_controllers(own.path());
-        assert_eq!(read("pipeline-main/cgroup.procs"), "12");
-        // The file of this test keeps what is written last; +cpu overwrites the start of +memory.
-        assert!(read("cgroup.subtree_control").starts_with("+cpu"));
+        // The file of this test keeps what is written last; +cpu overwrites the start of +pids, and that of +memory.
+        assert!(read().starts_with("+cpu"));
     }
 
     #[test]

@@ -355,6 +355,13 @@ impl Model {
         self.lists.values().find_map(of)
     }
 
+    /// Whether the target that has an instance does not answer. An engine that comes back may have given the address to
+    /// another container: whoever fell ill meanwhile is not believed, and gets no requests, before the target has told again.
+    pub fn is_doubtful(&self, id: &str) -> bool {
+        let has = |listing: &&Listing| listing.found.iter().any(|found| found.id == id);
+        self.lists.values().find(has).is_some_and(|listing| listing.error.is_some())
+    }
+
     /// Everything about `name` that a plan is made from; `seen` is [`Model::seen`].
     pub fn look<'a>(&'a self, name: &'a str, seen: &'a Seen, now: Now) -> Look<'a> {
         let wanted = self.reading.as_ref().and_then(|reading| reading.environments.get(name)).map(|place| &place.wanted);

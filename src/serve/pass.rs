@@ -287,7 +287,9 @@ fn service(
             let port = generation.programs.get(&found.target).and_then(|program| program.port);
             if let (Some(address), Some(port)) = (&found.address, port) {
                 let healthy = seen.instances.get(&found.id).is_some_and(|instance| instance.healthy);
-                instances.push((healthy, Instance { id: found.id.clone(), address: address.clone(), port }));
+                if healthy || !model.is_doubtful(&found.id) {
+                    instances.push((healthy, Instance { id: found.id.clone(), address: address.clone(), port }));
+                }
             }
         }
         // Ill ones get nothing, unless all are.

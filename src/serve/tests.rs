@@ -40,6 +40,8 @@ struct Village {
     graces: Mutex<Vec<Duration>>,
     /// No call comes back.
     hangs: AtomicBool,
+    /// Nobody says what there is.
+    away: AtomicBool,
 }
 
 impl Village {
@@ -118,6 +120,7 @@ impl Target for Village {
 
     fn list(&self) -> Result<Vec<Found>> {
         self.hang();
+        anyhow::ensure!(!self.away.load(Ordering::SeqCst), "nobody answers");
         Ok(self.houses.lock().unwrap().values().map(|house| house.found.clone()).collect())
     }
 
@@ -499,6 +502,57 @@ fn a_target_that_hangs_keeps_only_its_own_waiting() {
     });
     place.ask("POST", "/v1/environments/cart/prod/rollout", r#"{"do":"resume"}"#);
     place.until("cart/prod", "what hung", |view| view.live.is_some());
+    daemon.ended.store(true, Ordering::SeqCst);
+    daemon.thread.join().unwrap().unwrap();
+}
+
+#[test]
+fn who_answers_while_nobody_says_where_an_instance_is_is_not_believed() {
+    let place = Field::new();
+    place.town.want(NAME, goal(generation(1, 1, false), false), "shop.test");
+    let daemon = place.serve(false);
+    place.until_live("1.1", Ending::Succeeded);
+    let page = || {
+        let mut stream = TcpStream::connect(place.address).unwrap();
+        stream.write_all(b"GET / HTTP/1.1\r\nhost: shop.test\r\nconnection: close\r\n\r\n").unwrap();
+        let mut text = String::new();
+        stream.read_to_string(&mut text).unwrap();
+        text.split(' ').nth(1).unwrap().to_owned() + " " + text.rsplit("\r\n").next().unwrap()
+    };
+    let is_healthy = |view: &View| view.live.as_ref().is_some_and(|live| live.healthy == 1);
+    let is_blind = |view: &View| view.message.as_deref() == Some("the target `main` does not answer");
+    // The target is away: what runs, runs on.
+    let village = &place.town.village;
+    village.away.store(true, Ordering::SeqCst);
+    place.until(NAME, "what everybody sees", is_blind);
+    assert_eq!(page(), "200 1.1");
+    // The instance ends, and another program gets its address.
+    let address = {
+        let houses = village.houses.lock().unwrap();
+        let house = houses.values().next().unwrap();
+        house.stop.store(true, Ordering::SeqCst);
+        let Some(Address::Tcp(address)) = house.found.address else { unreachable!() };
+        address
+    };
+    let _ = TcpStream::connect(address);
+    place.until(NAME, "illness", |view| !is_healthy(view));
+    let other = TcpListener::bind(address).unwrap();
+    let asked = std::thread::spawn(move || {
+        for stream in other.incoming() {
+            std::thread::spawn(move || answer(stream.unwrap(), "another", true));
+        }
+    });
+    let until = Instant::now() + Duration::from_secs(2);
+    while Instant::now() < until {
+        let page = page();
+        assert!(page.starts_with("503 "), "{page}");
+        assert!(!is_healthy(&place.view(NAME).unwrap()));
+    }
+    // The target says that it is there.
+    village.away.store(false, Ordering::SeqCst);
+    place.until(NAME, "health", |view| is_healthy(view) && view.message.is_none());
+    assert_eq!(page(), "200 another");
+    drop(asked);
     daemon.ended.store(true, Ordering::SeqCst);
     daemon.thread.join().unwrap().unwrap();
 }

@@ -391,8 +391,10 @@ async fn watch(shared: Arc<Shared>, id: String, check: Check, port: u16) {
                 break;
             }
             let steady = model.now(shared.world.as_ref()).steady;
+            let is_doubtful = answer == Answer::Good && model.is_doubtful(&id);
             let pulse = model.pulses.entry(id.clone()).or_default();
-            let changed = pulse.heard(&check, &answer, steady);
+            let is_believed = !is_doubtful || pulse.healthy == Some(true);
+            let changed = is_believed && pulse.heard(&check, &answer, steady);
             let pause = pulse.pause();
             drop(model);
             if changed {
