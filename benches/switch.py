@@ -1,4 +1,4 @@
-"""Measures the traffic switch against Debian's haproxy and nginx, and what goes through `pipeline serve`.
+"""Measures the traffic switch against Debian's haproxy and nginx.
 
 One core for the proxy, one thread each; the other for the load and the upstream, which is the same for all: nginx with files.
 """
@@ -17,18 +17,15 @@ import statistics
 import subprocess
 import time
 from dataclasses import dataclass, field
-from pathlib import Path
 
 import peers
-import release
-from measure import Failed, Report, Times, answer, call, check, say, table
+from measure import Failed, Report, call, check, say, table
 
 # The goals, from the issue: of haproxy's.
 THROUGHPUT, P99 = 0.8, 1.3
 IDLE = 10_000
-ROLLBACK_SECONDS, READY_SECONDS = 1.0, 0.15
 PACKAGES = {"haproxy": "haproxy", "nginx": "nginx-light", "h2load": "nghttp2-client"}
-RUNS, ROLLBACKS, PROMOTIONS = 5, 50, 10
+RUNS = 5
 # Seconds of one run, of one with large bodies, and before them until the connections are there and the caches warm.
 SECONDS, LARGE_SECONDS, WARM_SECONDS = 2.5, 5, 0.5
 # The fixed rate is this share of the slowest's throughput: far from the knee, as a proxy is run.
@@ -43,8 +40,6 @@ LARGE, FLIGHT, FLIGHT_LARGE = 1_000_000, 64, 8
 # Files that a proxy or a client with IDLE connections may open, at least and at most.
 LEAST_FILES, FILES = IDLE + 1000, 40_000
 START_SECONDS, HANG_SECONDS = 20, 60
-# Requests per second of the client while versions are changed, and the seconds that it goes on after each.
-CLIENT_RATE, SETTLE_SECONDS = 2000, 0.5
 
 
 class Bench(Report):
@@ -495,216 +490,4 @@ def asked(bench, port, tls):
     return connection
 
 
-# -- 22, 23: versions that change, through `pipeline serve` ----------------------------------------------
-
-
-@dataclass
-class Site:
-    """Something that serves the test upstream (`load upstream`) in versions, and the commands that change them.
-
-    Each command returns when the change is made. `promote(number)` is the command that brings up a version that was not there
-    before, and `rollback` the one that goes back to the version before; `forward` goes on again to a version that is still warm.
-    """
-
-    address: str
-    host: str
-    promote: callable
-    rollback: list
-    forward: list
-    env: dict
-
-
-class Client:
-    """The load client, at a fixed rate while the block runs; then `answers` is what it saw: sent, answered, accepted (nanoseconds), version."""
-
-    def __init__(self, bench, site):
-        self.bench, self.site = bench, site
-        self.folder = bench.folder / "client"
-
-    def __enter__(self):
-        shutil.rmtree(self.folder, ignore_errors=True)
-        self.folder.mkdir(parents=True)
-        files = {name: self.folder / name for name in ("until", "ready", "answers", "report")}
-        argv = [self.bench.client, "client", "--target", self.site.address, "--host", self.site.host, "--connections", "16", "--rate", str(CLIENT_RATE), "--mix", "h1,h2,upload,h1"]
-        argv += ["--until-file", files["until"], "--ready-file", files["ready"], "--answers", files["answers"], "--report", files["report"]]
-        self.argv, self.files = argv, files
-        self.log = open(self.folder / "log", "wb")
-        self.process = subprocess.Popen(argv, stdin=subprocess.DEVNULL, stdout=self.log, stderr=self.log, preexec_fn=peers.die_with_parent)
-        deadline = time.monotonic() + START_SECONDS
-        while not files["ready"].exists():
-            if self.process.poll() is not None or time.monotonic() > deadline:
-                self._end()
-                check(argv, self.process.returncode or 1, (self.folder / "log").read_text())
-            time.sleep(0.02)
-        return self
-
-    def __exit__(self, kind, *_):
-        self.files["until"].touch()
-        with contextlib.suppress(subprocess.TimeoutExpired):
-            self.process.wait(90)
-        self._end()
-        if kind is None:
-            # Status 1: something was lost, which is no measurement.
-            check(self.argv, self.process.returncode, (self.folder / "log").read_text())
-            self.report = json.loads(self.files["report"].read_text())
-            lines = (line.split() for line in self.files["answers"].read_text().splitlines())
-            self.answers = [(int(sent), int(answered), int(accepted), version) for sent, answered, version, _, accepted in lines]
-
-    def _end(self):
-        self.process.kill()
-        self.process.wait()
-        self.log.close()
-
-    def seen(self, since, until):
-        """The versions that answered requests sent between two moments: when they accepted the first and the last, and answered first."""
-        found = {}
-        for sent, answered, accepted, version in self.answers:
-            if since <= sent < until:
-                first, last, whole = found.get(version, (accepted, accepted, answered))
-                found[version] = (min(first, accepted), max(last, accepted), min(whole, answered))
-        return found
-
-
-def change(site, argv):
-    """Runs the command, and lets the client go on for a moment; when it began and when that moment ended, in nanoseconds."""
-    began = time.monotonic_ns()
-    call(argv, env=site.env)
-    time.sleep(SETTLE_SECONDS)
-    return began, time.monotonic_ns()
-
-
-def rollbacks(bench, site):
-    """From the command to the last request that the version left accepted."""
-    say(f"22: {ROLLBACKS} rollbacks to a warm version")
-    moments = []
-    with Client(bench, site) as client:
-        for number in range(ROLLBACKS):
-            moments.append(change(site, site.rollback))
-            if number + 1 < ROLLBACKS:
-                change(site, site.forward)
-    times = Times("rollback: command to the last request accepted by the version left")
-    for began, ended in moments:
-        window = client.seen(began, ended)
-        left = [version for version in client.seen(began - int(SETTLE_SECONDS * 5e8), began)]
-        now = max(window, key=lambda version: window[version][1])
-        if len(left) != 1 or left[0] == now:
-            raise Failed(f"not a rollback: {left} answered before the command, {now} after it")
-        # Every request may have met the other one already.
-        last = window[left[0]][1] if left[0] in window else began
-        times.seconds.append((last - began) / 1e9)
-    bench.timing(times)
-    bench.command("rollback", site.rollback)
-    p99 = sorted(times.seconds)[-(-len(times.seconds) * 99 // 100) - 1]
-    bench.notes.append(f"Rollback: {CLIENT_RATE} requests/s meanwhile, {client.report['requests']:,} in all, {client.report['lost']} lost.")
-    what = f"rollback, warm: p99 of {ROLLBACKS}"
-    bench.goal(what, f"{p99:.3f} s (p50 {times.median:.3f} s)", f"< {ROLLBACK_SECONDS:.0f} s", p99 < ROLLBACK_SECONDS)
-
-
-def first_requests(bench, site):
-    """From the moment the new version is ready, as it says itself, to the first request that it answered."""
-    say(f"23: {PROMOTIONS} promotions, from ready to the first request served")
-    moments = []
-    with Client(bench, site) as client:
-        for number in range(PROMOTIONS):
-            began, ended = change(site, site.promote(number))
-            moments.append((began, ended, ready(site)))
-    times = Times("from ready to the first request served")
-    for began, ended, since in moments:
-        window = client.seen(began, ended)
-        new = max(window, key=lambda version: window[version][0])
-        if not began < since < ended or len(window) < 2:
-            raise Failed(f"not a promotion under load: {window}, ready at {since}")
-        times.seconds.append((window[new][2] - since) / 1e9)
-    bench.timing(times)
-    bench.command("promotion", site.promote(0))
-    bench.goal(f"instance ready to first request served, median of {PROMOTIONS}", f"{times.median:.3f} s (most {max(times.seconds):.3f} s)", f"< {READY_SECONDS} s", times.median < READY_SECONDS)
-
-
-def ready(site):
-    """Since when the upstream that answers now is ready: nanoseconds of the monotonic clock."""
-    text = call(["curl", "-sSf", "--noproxy", "*", "-H", f"Host: {site.host}", f"http://{site.address}/ready"])
-    return int(text)
-
-
-PIPELINE = """\
-name: site
-base: { tar: ../base.tar }
-runtime: { builder: ../builder }
-source: { path: ../src }
-image: { port: 8080, health: { http: /healthz } }
-environments:
-  prod:
-    target: { local: {} }
-    routes: [ { host: site.test } ]
-    rollout: { warm: 1h, watch: { period: 0s } }
-"""
-RUN = '#!/bin/sh\nexec /usr/bin/load upstream --port-from-env --version "$(cat /opt/app/version)"\n'
-
-
-@contextlib.contextmanager
-def served(bench):
-    """`pipeline serve` with the test upstream as its application, in two versions."""
-    folder = bench.folder / "served"
-    (folder / "pipelines").mkdir(parents=True)
-    (folder / "src").mkdir()
-    (folder / "builder/s2i/bin").mkdir(parents=True)
-    (folder / "src/lock.txt").write_text("one 1.0\n")
-    (folder / "builder/builder.yaml").write_text(release.BUILDER)
-    for name, text in {**release.SCRIPTS, "run": RUN}.items():
-        script = folder / "builder/s2i/bin" / name
-        script.write_text(text if text.startswith("#!") else f"#!/bin/sh\nset -eu\n{text}")
-        script.chmod(0o755)
-    libraries = {Path(word) for word in call(["ldd", bench.client]).split() if word.startswith("/")}
-    files = [(str(path)[1:], path.resolve()) for path in sorted(libraries)] + [("usr/bin/load", Path(bench.client))]
-    release.base(folder / "base.tar", 0, files)
-    (folder / "pipelines/site.yaml").write_text(PIPELINE)
-    env = {**bench.env, "GIT_AUTHOR_NAME": "alice", "GIT_AUTHOR_EMAIL": "alice@example.org", "HOME": str(folder)}
-    with socket.socket() as free:
-        free.bind(("127.0.0.1", 0))
-        address = f"127.0.0.1:{free.getsockname()[1]}"
-    pipeline = [bench.program, "--root", folder / "root"]
-
-    def script(*lines):
-        return ["env", "-C", folder, "sh", "-euc", "\n".join(lines)]
-
-    def verb(*words):
-        return shlex.join(map(str, [*pipeline, "--quiet", *words]))
-
-    def promote(number):
-        version = f"1.{number}"
-        build = verb("build", "site", "--release", "--release-version", version)
-        return script(f"echo {version} >src/version", f"{build} >/dev/null", verb("promote", "site", "--to", "prod", "--release", version) + " >/dev/null")
-
-    call([*pipeline, "environment", "apply", "site"], folder, env)
-    with open(folder / "log", "wb") as log:
-        daemon = subprocess.Popen([*pipeline, "serve", "--listen", address], cwd=folder, env=env, stdin=subprocess.DEVNULL, stdout=log, stderr=log, preexec_fn=peers.die_with_parent)
-    try:
-        deadline = time.monotonic() + START_SECONDS
-        while b"serving" not in (folder / "log").read_bytes():
-            if daemon.poll() is not None or time.monotonic() > deadline:
-                raise Failed(f"`pipeline serve` does not serve: {(folder / 'log').read_text()}")
-            time.sleep(0.05)
-        for number in (100, 101):
-            call(promote(number), env=env)
-        rollback = script(verb("rollback", "site/prod") + " >/dev/null")
-        forward = script(verb("clear", "site/prod", "1.101"), verb("promote", "site", "--to", "prod", "--release", "1.101", "--lift") + " >/dev/null")
-        yield Site(address, "site.test", promote, rollback, forward, env)
-    finally:
-        daemon.terminate()
-        daemon.wait()
-        for one in answer([*pipeline, "__instance", "list"], folder, env)[1]:
-            call([*pipeline, "__instance", "stop", one["id"], "2"], folder, env)
-        subprocess.run(["rm", "-rf", "--one-file-system", folder])
-
-
-def rollback_served(bench):
-    with served(bench) as site:
-        rollbacks(bench, site)
-
-
-def promotion_served(bench):
-    with served(bench) as site:
-        first_requests(bench, site)
-
-
-MEASUREMENTS = {20: throughput, 21: idle, 22: rollback_served, 23: promotion_served}
+MEASUREMENTS = {20: throughput, 21: idle}

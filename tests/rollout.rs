@@ -1,9 +1,13 @@
 //! Rollouts with the program as people call it: a daemon, an application that is easy to check, a client that counts every
 //! request, and promotions, rollbacks, upgrades and kills of the daemon meanwhile.
 
+#[path = "rollout/aborts.rs"]
+mod aborts;
 #[path = "rollout/bad_days.rs"]
 mod bad_days;
 mod common;
+#[path = "rollout/crashes.rs"]
+mod crashes;
 #[allow(dead_code, reason = "the program has more than these tests need")]
 #[path = "load/program.rs"]
 mod load;

@@ -505,6 +505,20 @@ impl Environment {
         over
     }
 
+    /// What serves ended while no daemon looked, as with a machine that restarts: that says nothing of the release, so that nobody
+    /// is sent back for it. It is started again, and no longer watched. Whether this is so.
+    pub fn missed(&mut self, look: Look<'_>) -> bool {
+        let Some(rollout) = self.active().filter(|rollout| rollout.phase.is_after_switch()) else { return false };
+        let Some(green) = self.known(&rollout.generation) else { return false };
+        let instances = &look.seen.instances;
+        let runs = |id: &str| instances.get(id).is_some_and(|found| !matches!(found.status, Running::Ended { .. }));
+        if !look.seen.blind.is_empty() || green.places(look.name).iter().any(|place| runs(&place.id)) {
+            return false;
+        }
+        self.end(look, Ending::Succeeded, "it ended while nobody looked, and is started again");
+        true
+    }
+
     /// Drops what nothing is left of.
     fn forget(&mut self, look: Look<'_>) -> bool {
         let gone = |id: &str| look.seen.forgotten.contains(id) && !look.is_there(id);

@@ -77,6 +77,8 @@ pub struct Model {
     pub last_pass: Instant,
     pub last_pass_wall: Option<Timestamp>,
     pub passes: u64,
+    /// What ended before this daemon came is known.
+    pub looked_back: bool,
     /// Nothing is begun any more: another daemon takes over, or this one ends.
     pub resting: bool,
     base: u64,
@@ -139,6 +141,7 @@ impl Shared {
             last_pass: Instant::now(),
             last_pass_wall: None,
             passes: 0,
+            looked_back: false,
             resting: false,
             began: Instant::now(),
         };

@@ -38,6 +38,7 @@ pub fn pass(shared: &Arc<Shared>) -> Duration {
         return PAUSES[0];
     }
     recover(shared, &mut model);
+    look_back(shared, &mut model);
     let done = model.done;
     let mut busy = false;
     for _ in 0..ROUNDS {
@@ -94,6 +95,24 @@ fn recover(shared: &Arc<Shared>, model: &mut Model) {
         };
         shared.world.warn(&format!("`{name}` has no state: what runs there is taken for what is live"));
         model.state.environments.insert(name, environment);
+    }
+}
+
+/// Once, when the targets have told what there is: what ended before this daemon came is nobody's illness.
+fn look_back(shared: &Shared, model: &mut Model) {
+    let listed = model.targets().keys().all(|key| model.lists.get(key).is_some_and(|listing| listing.at.is_some()));
+    if model.looked_back || !listed || model.reading.is_none() || model.read_only.is_some() {
+        return;
+    }
+    model.looked_back = true;
+    for name in model.names() {
+        let seen = model.seen(&name, &shared.switch, Peers::default());
+        let now = model.now(shared.world.as_ref());
+        let mut environment = model.environment(&name);
+        if environment.missed(model.look(&name, &seen, now)) {
+            shared.world.warn(&format!("what serves `{name}` ended while nobody looked: it is started again, and not watched"));
+            model.state.environments.insert(name, environment);
+        }
     }
 }
 

@@ -43,10 +43,12 @@ pub fn ask(port: u16, request: &Request, timeout: Duration) -> Result<Answer> {
     answer(&mut stream, |stream, left| stream.set_read_timeout(Some(left)), end, request.method == "HEAD")
 }
 
-/// The bytes of `request` to `host`, which is to end the connection.
+/// The bytes of `request` to `host`, unless it names another itself; the connection is to end.
 pub fn message(request: &Request, host: &str) -> Vec<u8> {
     let Request { method, path, headers, body } = request;
-    let mut text = format!("{method} {path} HTTP/1.1\r\nHost: {host}\r\nConnection: close\r\n");
+    let named = headers.iter().any(|(name, _)| name.eq_ignore_ascii_case("host"));
+    let host = if named { String::new() } else { format!("Host: {host}\r\n") };
+    let mut text = format!("{method} {path} HTTP/1.1\r\n{host}Connection: close\r\n");
     headers.iter().for_each(|(name, value)| text += &format!("{name}: {value}\r\n"));
     if !body.is_empty() || method == "POST" {
         text += &format!("Content-Length: {}\r\n", body.len());

@@ -1,6 +1,5 @@
 //! A pipeline with an application that is easy to check, its daemon, and the client that counts.
 
-use std::cell::Cell;
 use std::io::{Read as _, Write as _};
 use std::net::{SocketAddr, TcpListener, TcpStream};
 use std::path::{Path, PathBuf};
@@ -8,6 +7,7 @@ use std::sync::OnceLock;
 use std::time::{Duration, Instant};
 
 use clap::Parser as _;
+use pipeline::oci::digest::Digest;
 use serde_json::Value;
 
 use super::common::tiny_base;
@@ -16,6 +16,8 @@ use super::load::client::{self, ClientArgs};
 
 /// How long anything may take that takes a moment.
 const PATIENCE: Duration = Duration::from_secs(60);
+/// Requests per second of the client, so that what is watched gets the processor, too.
+const RATE: u32 = 600;
 /// Starts the application; `options` of the source are its own.
 const RUN: &str =
     "#!/bin/sh\nexec /usr/bin/load upstream --port-from-env --version \"$(cat /opt/app/version)\" $(cat /opt/app/options)\n";
@@ -25,7 +27,8 @@ pub struct Place {
     pub project: Project,
     /// Where the daemon takes requests.
     pub address: SocketAddr,
-    releases: Cell<u32>,
+    /// The pipeline's name.
+    name: String,
 }
 
 impl Place {
@@ -42,8 +45,9 @@ impl Place {
         let text = project.read("pipeline.yaml").replace("http: /\n", "http: /healthz\n");
         project.write("pipeline.yaml", text + environments);
         change(&project);
+        let name = project.read("pipeline.yaml").lines().find_map(|line| Some(line.strip_prefix("name: ")?.to_owned())).unwrap();
         let free = TcpListener::bind("127.0.0.1:0").unwrap().local_addr().unwrap();
-        let place = Self { project, address: free, releases: 0.into() };
+        let place = Self { project, address: free, name };
         place.verb(&["environment", "apply"]).ok();
         place
     }
@@ -60,7 +64,6 @@ impl Place {
 
     /// The same, run with `options` of `load upstream`.
     pub fn release_that(&self, version: &str, options: &str) {
-        self.releases.set(self.releases.get() + 1);
         self.project.write("src/version", version);
         self.project.write("src/options", options);
         self.verb(&["build", "--release", "--release-version", version]).ok();
@@ -68,7 +71,13 @@ impl Place {
 
     /// Starts the daemon, and waits until it answers.
     pub fn serve(&self, more: &[&str]) -> Daemon<'_> {
-        let running = self.verb(&["serve", "--poll", "1s"]).args(&["--listen", &self.address.to_string()]).args(more).start();
+        self.serve_by(&[], more)
+    }
+
+    /// The same with `words` before the command.
+    pub fn serve_by(&self, words: &[&str], more: &[&str]) -> Daemon<'_> {
+        let listen = self.address.to_string();
+        let running = self.verb(&["serve", "--poll", "1s", "--listen", &listen]).args(more).wrap(words).start();
         let mut daemon = Daemon { place: self, running };
         daemon.running.wait_for("serving");
         daemon
@@ -76,7 +85,7 @@ impl Place {
 
     /// The environment, as the daemon tells it.
     pub fn status(&self, environment: &str) -> Value {
-        let name = format!("tiny/{environment}");
+        let name = format!("{}/{environment}", self.name);
         let value = self.verb(&["--json", "status", &name]).ok().json();
         value["served"][0].clone()
     }
@@ -85,7 +94,7 @@ impl Place {
     #[track_caller]
     pub fn wait_for(&self, environment: &str, version: &str) {
         self.wait(environment, |status| status["live"]["version"] == version && status["rollout"]["outcome"] != Value::Null);
-        let name = format!("tiny/{environment}");
+        let name = format!("{}/{environment}", self.name);
         let patience = Instant::now() + PATIENCE;
         loop {
             let row = self.verb(&["--json", "status", &name]).ok().json()["environments"][0].clone();
@@ -131,8 +140,13 @@ impl Place {
         (head.split(' ').nth(1).unwrap().parse().unwrap(), body.trim().to_owned())
     }
 
-    /// Starts the client that counts; it goes on until [`Watched::end`]. At a rate, so that what is watched gets the processor, too.
+    /// Starts the client that counts; it goes on until [`Watched::end`].
     pub fn client(&self, host: &str, mix: &str) -> Watched {
+        self.client_at(host, mix, RATE)
+    }
+
+    /// The same with so many requests per second.
+    pub fn client_at(&self, host: &str, mix: &str, rate: u32) -> Watched {
         #[derive(Debug, clap::Parser)]
         struct Client {
             #[command(flatten)]
@@ -142,7 +156,7 @@ impl Place {
         let _ = fs_err::remove_file(&file);
         let target = self.address;
         let line = format!(
-            "client --target {target} --host {host} --mix {mix} --connections 12 --rate 600 --until-file {}",
+            "client --target {target} --host {host} --mix {mix} --connections 12 --rate {rate} --until-file {}",
             file.display()
         );
         let args = Client::try_parse_from(line.split_whitespace()).unwrap().args;
@@ -156,22 +170,36 @@ impl Place {
 
     /// What runs is asked to end, as a machine that goes down would; nothing is left.
     pub fn stop_all(&self) {
+        self.stop_instances();
+        self.project.assert_clean();
+    }
+
+    /// What runs is asked to end.
+    pub fn stop_instances(&self) {
         let instances = self.project.root.join("state/instances");
         for entry in fs_err::read_dir(&instances).into_iter().flatten() {
             let id = entry.unwrap().file_name().into_string().unwrap();
             self.verb(&["__instance", "stop", &id, "2"]).ok();
         }
-        self.project.assert_clean();
     }
 }
 
 impl Drop for Place {
-    /// A test that failed leaves nobody's program running.
+    /// A test that failed leaves nobody's program running, and nothing in memory.
     fn drop(&mut self) {
         let instances = self.project.root.join("state/instances");
         for entry in fs_err::read_dir(&instances).into_iter().flatten().flatten() {
             let id = entry.file_name().into_string().unwrap_or_default();
             let _ = self.verb(&["__instance", "stop", &id, "1"]).run();
+        }
+        // A daemon that was killed left who holds its sockets.
+        pipeline::serve::sockets::quit(&self.project.root.join("run/hold"));
+        // The daemon's folder in memory is named after the root.
+        let root = Digest::of(self.project.root.as_os_str().as_encoded_bytes()).hex();
+        for entry in fs_err::read_dir("/dev/shm").into_iter().flatten().flatten() {
+            if entry.file_name().to_string_lossy().ends_with(&root[..12]) {
+                let _ = fs_err::remove_dir_all(entry.path());
+            }
         }
     }
 }
@@ -191,10 +219,15 @@ impl<'p> Daemon<'p> {
     }
 
     /// A new one after it was killed.
-    pub fn killed(mut self) -> Daemon<'p> {
+    pub fn killed(self) -> Daemon<'p> {
+        let place = self.place;
+        self.dies();
+        place.serve(&[])
+    }
+
+    pub fn dies(mut self) {
         self.running.signal(9);
         self.running.wait(PATIENCE);
-        self.place.serve(&[])
     }
 
     pub fn stop(mut self) {
@@ -225,6 +258,11 @@ impl Watched {
 impl Counted {
     pub fn lost(&self) -> u64 {
         self.0["lost"].as_u64().unwrap()
+    }
+
+    /// Why something was lost: kind and reason, and how often.
+    pub fn reasons(&self) -> &serde_json::Map<String, Value> {
+        self.0["reasons"].as_object().unwrap()
     }
 
     pub fn close_codes(&self) -> Vec<String> {

@@ -260,8 +260,10 @@ fn first_mirror(text: &str) -> Option<&str> {
     text.lines().filter(|line| !line.trim_start().starts_with('#')).find_map(|line| line.split_whitespace().next())
 }
 
+/// An address as apt gives it back: it writes `file:/x` for `file:///x`.
 fn with_slash(uri: &str) -> String {
-    format!("{}/", uri.trim_end_matches('/'))
+    let (scheme, rest) = uri.strip_prefix("file://").map_or(("", uri), |path| ("file:", path));
+    format!("{scheme}{}/", rest.trim_end_matches('/'))
 }
 
 /// Whether a source can be written as one line of a `sources.list` that means what it says.
@@ -370,6 +372,15 @@ mod tests {
         ];
         for (text, expected) in cases {
             assert_eq!(suite_of(text), expected, "{text}");
+        }
+    }
+
+    #[test]
+    fn a_folder_is_named_as_apt_names_it() {
+        for (written, expected) in
+            [("file:///srv/apt", "file:/srv/apt/"), ("file:/srv/apt/", "file:/srv/apt/"), ("http://m.test/d", "http://m.test/d/")]
+        {
+            assert_eq!(with_slash(written), expected);
         }
     }
 

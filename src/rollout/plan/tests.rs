@@ -605,6 +605,25 @@ fn an_unseen_target_is_left_alone() {
     assert_eq!(world.settle(), ["stop 1.1, keep its log", "start 1.1"]);
 }
 
+/// The machine restarted while green was watched.
+#[test]
+fn what_ended_while_nobody_looked_is_no_failure() {
+    let mut world = World::with_blue(2, false);
+    world.want(generation(2, 2, false), false);
+    world.settle();
+    assert_eq!(world.phase(), Some((Phase::Watching, None)));
+    for found in world.seen.instances.values_mut() {
+        (found.status, found.healthy) = (Running::Ended { status: "gone with the last boot".into() }, false);
+    }
+    let mut environment = world.environment.clone();
+    assert!(environment.missed(world.look()));
+    world.environment = environment;
+    let done = world.settle();
+    assert_eq!((world.live(), world.phase()), (Some("1.2"), Some((Phase::Done, Some(Ending::Succeeded)))), "{done:?}");
+    assert!(!done.iter().any(|line| line.starts_with("tell")), "{done:?}");
+    assert_eq!(done.iter().filter(|line| *line == "start 1.2").count(), 2, "{done:?}");
+}
+
 #[test]
 fn what_belongs_to_nothing_is_stopped() {
     let mut world = World::with_blue(1, false);

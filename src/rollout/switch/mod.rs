@@ -342,7 +342,8 @@ impl Switch {
         let count = if settings.workers == 0 { processors() } else { settings.workers };
         settings.limits.head = settings.limits.head.max(8 << 10);
         settings.limits.fields = settings.limits.fields.min(100);
-        let tls = if settings.certificates.is_empty() { None } else { Some(tls::Tls::load(&settings.certificates, tls::BOTH, None)?) };
+        let tls =
+            if settings.certificates.is_empty() { None } else { Some(tls::Tls::load(&settings.certificates, tls::BOTH, None)?) };
         let log =
             settings.access.take().map(AccessLog::start).transpose().context("cannot start the thread of the access log")?;
         let (workers, jobs): (Vec<_>, Vec<_>) = (0..count)

@@ -33,7 +33,10 @@ fn a_jump_ends_neither_watching_nor_what_is_warm() {
         world.later(29);
         assert_eq!((world.settle(), world.phase()), (Vec::new(), Some((Phase::Watching, None))), "{hours} h");
         world.later(1);
-        assert_eq!((world.settle(), world.phase()), (vec!["report healthy".into()], Some((Phase::Done, Some(Ending::Succeeded)))));
+        assert_eq!(
+            (world.settle(), world.phase()),
+            (vec!["report healthy".into()], Some((Phase::Done, Some(Ending::Succeeded))))
+        );
         jump(&mut world, hours);
         world.later(899);
         assert_eq!(world.settle(), [""; 0], "{hours} h");
