@@ -18,6 +18,7 @@ use crate::release::decision::Verdict;
 use crate::release::desk::{self, Ask, Desk, Loaded, Outcome};
 use crate::release::mirror::What;
 use crate::release::promotion::{self, Action, Back, Candidate, Plan};
+use crate::rollout::view::Phase;
 use crate::vm::test::report::escape;
 
 /// Packages named in a dry run for people; a first release has hundreds.
@@ -148,7 +149,7 @@ pub fn rollback(global: &Global, args: RollbackArgs) -> Result<u8> {
         desk.sync(true)?;
         let loaded = desk.load(&place.pipeline)?;
         let back = match &args.to {
-            None => Back::Last,
+            None => serving(global, &office, &place, &loaded).unwrap_or(Back::Last),
             Some(wanted) => Back::To(in_history(desk, &loaded, &place, wanted)?),
         };
         let outcome = desk.decide(&place.pipeline, &place.environment, &Action::Rollback(back), &args.reasons.ask(false))?;
@@ -157,6 +158,16 @@ pub fn rollback(global: &Global, args: RollbackArgs) -> Result<u8> {
     let (outcome, people) = args.reasons.reported(&place.name(), decided)?;
     office.say_unchecked(people);
     finish(global, &office, &args.reasons, outcome, Until::Switch)
+}
+
+/// What serves, while the rollout of what is taken back has not switched yet: nobody has to have told the ledger how it does.
+fn serving(global: &Global, office: &Office, place: &Place, loaded: &Loaded) -> Option<Back> {
+    let view = Daemon::of(global, &office.around.host).and_then(|daemon| daemon.view(&place.name())).ok()??;
+    let rollout = view.rollout.filter(|rollout| rollout.outcome.is_none())?;
+    let before = matches!(rollout.phase, Phase::Waiting | Phase::Starting | Phase::PreSwitch | Phase::Switching);
+    let current = loaded.states.get(&place.environment)?.current.as_ref()?.pair();
+    let live = view.live.filter(|_| before && current == (rollout.release, rollout.config))?;
+    ((live.release, live.config) != current).then_some(Back::Pair(live.release, live.config))
 }
 
 impl Reasons {

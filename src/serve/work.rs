@@ -374,11 +374,16 @@ async fn watch(shared: Arc<Shared>, id: String, check: Check, port: u16) {
         let Some(address) = found.address else { break };
         let answer = match &check {
             Check::Command(words) => {
-                let (words, id) = (words.clone(), id.clone());
-                let asked = tokio::task::spawn_blocking(move || target.check(&id, &words, ANSWER)).await;
+                let (words, asked) = (words.clone(), id.clone());
+                let asked = tokio::task::spawn_blocking(move || target.check(&asked, &words, ANSWER)).await;
                 match asked {
                     Ok(Ok(checked)) if checked.good => Answer::Good,
                     Ok(Ok(checked)) => Answer::Bad(checked.last),
+                    // An engine that is away says nothing about the program.
+                    Ok(Err(_)) if shared.model().is_doubtful(&id) => {
+                        tokio::time::sleep(LOOKS[1]).await;
+                        continue;
+                    }
                     Ok(Err(error)) => Answer::Silent(format!("{error:#}")),
                     Err(error) => Answer::Silent(error.to_string()),
                 }

@@ -86,10 +86,8 @@ fn decisions_in_the_middle_of_a_rollout() {
     place.verb(&["promote", "--to", "prod", "--release", "2.0", "--no-wait"]).ok();
     place.wait("prod", |status| status["rollout"]["phase"] == "starting" && status["rollout"]["version"] == "2.0");
     promoted(&place, "3.0", "").code(0);
-    // Only what the ledger knows to be healthy is gone back to.
-    place.wait_for("prod", "3.0");
     assert_eq!(place.get("prod.test", "/version"), "3.0");
-    // Taken back before the switch.
+    // Taken back before the switch: to what serves, whether or not the ledger was told yet that it is healthy.
     place.release_that("4.0", "--healthy-after 600");
     place.verb(&["promote", "--to", "prod", "--release", "4.0", "--no-wait"]).ok();
     place.wait("prod", |status| status["rollout"]["phase"] == "starting" && status["rollout"]["version"] == "4.0");

@@ -269,10 +269,11 @@ impl Forwarding {
         Err((self.guard, 502, "no instance could be reached", unread))
     }
 
-    /// Nothing of it was sent yet: when another pool is live by now, it goes there.
+    /// Nothing of it was sent yet: when another pool is live by now, or this one has other instances, it goes there.
     fn move_to_live_pool(&mut self, connection: &Arc<Connection>, host: &str, parts: &request::Parts) {
         let Some(ticket) = &self.guard.ticket else { return };
-        if !ticket.pool().is_draining() || self.upload.as_ref().is_some_and(|upload| upload.taken() > 0) {
+        let is_current = !ticket.pool().is_draining() && self.instances.iter().any(|instance| !instance.is_gone());
+        if is_current || self.upload.as_ref().is_some_and(|upload| upload.taken() > 0) {
             return;
         }
         if let Taken::Ticket(ticket, instances, _) = take(connection, host, parts.uri.path(), parts.uri.query()) {
@@ -302,8 +303,15 @@ impl Forwarding {
 }
 
 async fn connect(connection: &Connection, instance: &Instance) -> Option<Upstream> {
+    if instance.is_gone() {
+        return None;
+    }
     let dialing = (connection.switch.dial)(instance.address.clone(), instance.port);
     let stream = tokio::time::timeout(connection.switch.settings.timeouts.connect, dialing).await.ok()?.ok()?;
+    // Whoever took so long to answer may have the address since a moment ago.
+    if instance.is_gone() {
+        return None;
+    }
     instance.connected();
     Some(Upstream::new(stream))
 }

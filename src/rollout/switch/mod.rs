@@ -426,6 +426,11 @@ impl Switch {
             let mut tables: Vec<_> = inner.workers.iter().map(|worker| lock(&worker.table)).collect();
             tables.iter_mut().for_each(|table| **table = snapshot.clone());
         }
+        for old in before.iter() {
+            let Some(view) = views.iter().find(|view| Arc::ptr_eq(&view.pool, &old.pool)) else { continue };
+            let stays = |instance: &Arc<pool::Instance>| view.instances.iter().any(|other| Arc::ptr_eq(other, instance));
+            old.instances.iter().filter(|instance| !stays(instance)).for_each(|instance| instance.leave());
+        }
         let gone = before
             .iter()
             .filter(|old| !views.iter().any(|view| Arc::ptr_eq(&view.pool, &old.pool)) && old.pool.left() != Draining::default());

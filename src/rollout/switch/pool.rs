@@ -5,7 +5,7 @@
 //! pool until the last byte of its answer is handed on.
 
 use std::collections::HashMap;
-use std::sync::atomic::{AtomicU8, AtomicU32, AtomicU64, Ordering};
+use std::sync::atomic::{AtomicBool, AtomicU8, AtomicU32, AtomicU64, Ordering};
 use std::sync::{Arc, Mutex, MutexGuard};
 use std::task::{Context, Waker};
 use std::time::{Duration, Instant};
@@ -401,6 +401,8 @@ pub(super) struct Instance {
     failures: AtomicU32,
     /// Avoided until then, by the [`Clock`].
     avoided: AtomicU64,
+    /// Its pool has it no more: somebody else may be at its address.
+    gone: AtomicBool,
     /// By worker; the one used last is at the end.
     idle: Box<[Mutex<Vec<Upstream>>]>,
 }
@@ -414,6 +416,7 @@ impl Instance {
             in_flight: AtomicU32::new(0),
             failures: AtomicU32::new(0),
             avoided: AtomicU64::new(0),
+            gone: AtomicBool::new(false),
             idle: (0..workers).map(|_| Mutex::default()).collect(),
         }
     }
@@ -458,6 +461,15 @@ impl Instance {
         let failures = self.failures.fetch_add(1, Ordering::Relaxed).min(8);
         let pause = (FIRST_PAUSE * 2u32.pow(failures)).min(LONGEST_PAUSE);
         self.avoided.store(now + pause.as_millis() as u64, Ordering::Relaxed);
+    }
+
+    /// Nobody connects to it any more.
+    pub fn leave(&self) {
+        self.gone.store(true, Ordering::Release);
+    }
+
+    pub fn is_gone(&self) -> bool {
+        self.gone.load(Ordering::Acquire)
     }
 
     fn is_avoided(&self, now: u64) -> bool {
