@@ -27,6 +27,9 @@ use crate::oci::digest::{Digest, Hasher};
 use crate::oci::unpack::{Unpacked, unpack};
 use crate::sandbox::Session;
 
+/// Between two looks whether a tree is made.
+const PAUSE: std::time::Duration = std::time::Duration::from_millis(20);
+
 /// A tree that stays while this lives.
 #[derive(Debug)]
 pub struct Tree {
@@ -50,10 +53,7 @@ pub fn tree(store: &Store, session: &Session, layer: &Layer) -> Result<Tree> {
             return Ok(Tree { root: dir.join("root"), _lease: lease });
         }
         drop(lease);
-        let _making = Lock::wait(&lock_path, Hold::Exclusive)?;
-        if is_current(&dir, &boot) {
-            continue;
-        }
+        let Some(_making) = making(&lock_path, &dir, &boot)? else { continue };
         session.call::<_, ()>("remove", &dir)?;
         let new = trees.join(format!(".new-{}", layer.diff_id.hex()));
         session.call::<_, ()>("remove", &new)?;
@@ -88,10 +88,8 @@ pub fn adopt(store: &Store, session: &Session, diff_id: &Digest, upper: &Path) -
     let trees = store.cache("trees");
     let dir = trees.join(diff_id.hex());
     let boot = boot_id()?;
-    let _making = Lock::wait(&trees.join(format!("{}.lock", diff_id.hex())), Hold::Exclusive)?;
-    if is_current(&dir, &boot) {
-        return Ok(());
-    }
+    let lock_path = trees.join(format!("{}.lock", diff_id.hex()));
+    let Some(_making) = making(&lock_path, &dir, &boot)? else { return Ok(()) };
     session.call::<_, ()>("remove", &dir)?;
     let new = trees.join(format!(".new-{}", diff_id.hex()));
     session.call::<_, ()>("remove", &new)?;
@@ -107,6 +105,20 @@ pub fn adopt(store: &Store, session: &Session, diff_id: &Digest, upper: &Path) -
         session.call::<_, ()>("remove", &new)?;
         Err(error)
     })
+}
+
+/// The lock to make a tree, or nothing when somebody has made it: a program that uses one keeps its lock for as long as it
+/// runs, and is not waited for.
+fn making(lock_path: &Path, dir: &Path, boot: &str) -> Result<Option<Lock>> {
+    loop {
+        if let Some(lock) = Lock::try_now(lock_path, Hold::Exclusive)? {
+            return Ok(Some(lock).filter(|_| !is_current(dir, boot)));
+        }
+        if is_current(dir, boot) {
+            return Ok(None);
+        }
+        std::thread::sleep(PAUSE);
+    }
 }
 
 fn finish(new: &Path, dir: &Path, boot: &str) -> Result<()> {
@@ -266,4 +278,28 @@ fn volume(args: &Volume) -> Result<()> {
         fs_err::os::unix::fs::chown(&args.dir, Some(uid), Some(gid))?;
     }
     Ok(())
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    /// After a restart of the machine many start what is made of the same tree.
+    #[test]
+    fn who_uses_a_tree_for_long_keeps_nobody_waiting() {
+        let place = tempfile::tempdir().unwrap();
+        let (lock, dir) = (place.path().join("tree.lock"), place.path().join("tree"));
+        fs_err::create_dir(&dir).unwrap();
+        fs_err::write(dir.join("boot-id"), "before").unwrap();
+        let first = making(&lock, &dir, "now").unwrap().expect("a tree of an earlier boot is made anew");
+        let other = std::thread::spawn({
+            let (lock, dir) = (lock.clone(), dir.clone());
+            move || making(&lock, &dir, "now").unwrap().is_none()
+        });
+        fs_err::write(dir.join("boot-id"), "now").unwrap();
+        drop(first);
+        let _user = Lock::wait(&lock, Hold::Shared).unwrap();
+        assert!(other.join().unwrap());
+        assert!(making(&lock, &dir, "now").unwrap().is_none());
+    }
 }

@@ -161,6 +161,8 @@ fn a_machine_that_loses_its_power_comes_to_what_the_ledger_wants() {
         }
         daemon = lose_power(&place, daemon);
         place.wait_for("prod", &version);
+        // What the ledger knew before the power was gone is true again.
+        place.wait("prod", |status| status["live"]["healthy"] == 2);
         assert_eq!(place.get("prod.test", "/version"), version);
     }
     place.is_sound();
