@@ -25,11 +25,11 @@ use tokio_rustls::TlsAcceptor;
 use super::api;
 use super::model::Shared;
 use crate::error::Problem;
-use crate::rollout::switch::CertificateFiles;
 use crate::rollout::switch::tls::Tls;
+use crate::rollout::switch::{CertificateFiles, listen};
 
 /// Name of the listeners of the API.
-pub const NAME: &str = "api";
+pub const NAME: &str = listen::API;
 /// Connections at a time; more wait.
 const CONNECTIONS_MAX: usize = 256;
 /// For the handshake, and for the head of a request.

@@ -73,7 +73,8 @@ pub fn run(
     fs_err::create_dir_all(&run)?;
     let (hold, replace) = (run.join("hold"), run.join("replace"));
     let folder = Folder::open(&settings.state)?;
-    let given_some = !given.is_empty();
+    // Where systemd keeps them there is no holder: neither of ours nor of the daemon before.
+    let by_systemd = !given.is_empty() || settings.replace && std::os::unix::net::UnixStream::connect(&hold).is_err();
     let (successor, held) = match settings.replace {
         true => {
             let (successor, listeners) = sockets::Successor::ask(&replace)?;
@@ -83,8 +84,6 @@ pub fn run(
     };
     let lock = lock(&folder.lock(), if successor.is_some() { LOCK } else { Duration::ZERO })?;
     let held = if held.is_empty() { sockets::take(&hold) } else { held };
-    // Where systemd keeps them there is no holder: neither of ours nor of the daemon before.
-    let by_systemd = given_some || successor.is_some() && std::os::unix::net::UnixStream::connect(&hold).is_err();
     // Who takes over and is told no addresses for requests takes them all.
     let as_they_are = successor.is_some() && settings.listeners.iter().all(|wanted| wanted.name == https::NAME);
     let listeners = sockets::take_or_bind(held, &settings.listeners, by_systemd || as_they_are)?;
@@ -219,16 +218,8 @@ async fn first_pass(shared: &Shared) {
     let until = tokio::time::Instant::now() + Duration::from_secs(5);
     let mut passed = shared.passed.subscribe();
     loop {
-        let ready = {
-            let model = shared.model();
-            let listed = model
-                .targets()
-                .keys()
-                .all(|key| model.lists.get(key).is_some_and(|list| list.at.is_some() || list.error.is_some()));
-            let read = model.reading.is_some() || model.reading_error.is_some();
-            read && listed && model.passes > 2
-        };
-        if ready || tokio::time::timeout_at(until, passed.changed()).await.is_err() {
+        let knows = shared.model().knows;
+        if knows || tokio::time::timeout_at(until, passed.changed()).await.is_err() {
             return;
         }
     }

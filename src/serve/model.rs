@@ -79,6 +79,8 @@ pub struct Model {
     pub passes: u64,
     /// What ended before this daemon came is known.
     pub looked_back: bool,
+    /// A pass was made of a ledger that was read, and of targets that have all told what runs, or that they cannot.
+    pub knows: bool,
     /// Nothing is begun any more: another daemon takes over, or this one ends.
     pub resting: bool,
     base: u64,
@@ -142,6 +144,7 @@ impl Shared {
             last_pass_wall: None,
             passes: 0,
             looked_back: false,
+            knows: false,
             resting: false,
             began: Instant::now(),
         };
@@ -363,6 +366,13 @@ impl Model {
     pub fn is_doubtful(&self, id: &str) -> bool {
         let has = |listing: &&Listing| listing.found.iter().any(|found| found.id == id);
         self.lists.values().find(has).is_some_and(|listing| listing.error.is_some())
+    }
+
+    /// Whether all that there is to know was asked for once, and answered.
+    pub fn has_looked(&self) -> bool {
+        let told = |listing: &Listing| listing.at.is_some() || listing.error.is_some();
+        let read = self.reading.is_some() || self.reading_error.is_some();
+        read && self.targets().keys().all(|key| self.lists.get(key).is_some_and(told))
     }
 
     /// Everything about `name` that a plan is made from; `seen` is [`Model::seen`].

@@ -37,6 +37,7 @@ pub fn pass(shared: &Arc<Shared>) -> Duration {
     if model.resting {
         return PAUSES[0];
     }
+    let knows = model.has_looked();
     recover(shared, &mut model);
     look_back(shared, &mut model);
     let done = model.done;
@@ -52,6 +53,7 @@ pub fn pass(shared: &Arc<Shared>) -> Duration {
     busy = act(shared, &mut model) || busy;
     work::look_after(shared, &mut model);
     model.passes += 1;
+    model.knows = model.knows || knows;
     model.last_pass = Instant::now();
     model.last_pass_wall = Some(shared.world.now());
     let passes = model.passes;
@@ -299,14 +301,15 @@ fn service(
     let mut pools = BTreeMap::new();
     for id in &serving.pools {
         let Some(generation) = environment.known(id) else { continue };
-        let found = model.lists.values().flat_map(|listing| &listing.found);
-        let own = found.filter(|found| found.environment == name && found.generation == *id);
+        let found = model.lists.values().flat_map(|listing| listing.found.iter().map(|found| (found, listing.error.is_some())));
+        let own = found.filter(|(found, _)| found.environment == name && found.generation == *id);
         let mut instances = Vec::new();
-        for found in own {
+        for (found, is_doubtful) in own {
             let port = generation.programs.get(&found.target).and_then(|program| program.port);
             if let (Some(address), Some(port)) = (&found.address, port) {
                 let healthy = seen.instances.get(&found.id).is_some_and(|instance| instance.healthy);
-                if healthy || !model.is_doubtful(&found.id) {
+                let fell_ill = model.pulses.get(&found.id).is_some_and(|pulse| pulse.healthy == Some(false));
+                if healthy || !is_doubtful || !fell_ill {
                     instances.push((healthy, Instance { id: found.id.clone(), address: address.clone(), port }));
                 }
             }

@@ -42,6 +42,8 @@ struct Village {
     hangs: AtomicBool,
     /// Nobody says what there is.
     away: AtomicBool,
+    /// How long it takes to say what there is, and how often it is said before nobody does.
+    says: Mutex<Option<(Duration, u32)>>,
 }
 
 impl Village {
@@ -120,6 +122,12 @@ impl Target for Village {
 
     fn list(&self) -> Result<Vec<Found>> {
         self.hang();
+        let says =
+            self.says.lock().unwrap().as_mut().map(|(pause, times)| (*pause, std::mem::replace(times, times.saturating_sub(1))));
+        if let Some((pause, times)) = says {
+            std::thread::sleep(pause);
+            anyhow::ensure!(times > 0, "nobody answers any more");
+        }
         anyhow::ensure!(!self.away.load(Ordering::SeqCst), "nobody answers");
         Ok(self.houses.lock().unwrap().values().map(|house| house.found.clone()).collect())
     }
@@ -350,6 +358,15 @@ impl Field {
         })
     }
 
+    /// Status and body of one page.
+    fn page(&self) -> String {
+        let mut stream = TcpStream::connect(self.address).unwrap();
+        stream.write_all(b"GET / HTTP/1.1\r\nhost: shop.test\r\nconnection: close\r\n\r\n").unwrap();
+        let mut text = String::new();
+        stream.read_to_string(&mut text).unwrap();
+        text.split(' ').nth(1).unwrap().to_owned() + " " + text.rsplit("\r\n").next().unwrap()
+    }
+
     fn promote(&self, number: u8, is_rollback: bool) {
         self.town.want(NAME, goal(generation(number, 2, false), is_rollback), "shop.test");
         let (status, body) = self.ask("POST", "/v1/poke", "");
@@ -442,7 +459,7 @@ fn promote_roll_back_fail_restart_replace_without_a_lost_request() {
     assert!(told[0].2[0].ends_with("says that it is not well"), "{told:?}");
     // What was warm was stopped for 1.3, in the time that its settings give.
     let graces = place.town.village.graces.lock().unwrap().clone();
-    assert!(!graces.is_empty() && graces.iter().all(|grace| grace.as_secs() == 5), "{graces:?}");
+    assert!(graces.len() >= 2 && graces[..2].iter().all(|grace| grace.as_secs() == 5), "{graces:?}");
     // Another daemon beside is refused, with the process.
     let beside = place.serve(false).thread.join().unwrap().unwrap_err().to_string();
     assert_eq!(beside, format!("a daemon serves this root already: process {}", std::process::id()));
@@ -507,25 +524,54 @@ fn a_target_that_hangs_keeps_only_its_own_waiting() {
 }
 
 #[test]
+fn a_daemon_serves_when_it_knows_what_runs_and_not_before() {
+    let place = Field::new();
+    place.town.want(NAME, goal(generation(1, 2, false), false), "shop.test");
+    let daemon = place.serve(false);
+    place.until_live("1.1", Ending::Succeeded);
+    let ends = |daemon: Daemon| {
+        daemon.ended.store(true, Ordering::SeqCst);
+        daemon.thread.join().unwrap().unwrap();
+    };
+    let serves = |what: &str| {
+        let until = Instant::now() + Duration::from_millis(100);
+        while Instant::now() < until {
+            assert_eq!(place.page(), "200 1.1", "{what}");
+        }
+    };
+    ends(daemon);
+    // Whoever takes its time is waited for.
+    let village = &place.town.village;
+    for pause in 0..40 {
+        *village.says.lock().unwrap() = Some((Duration::from_millis(pause), u32::MAX));
+        let daemon = place.serve(false);
+        serves(&format!("{pause} ms"));
+        ends(daemon);
+    }
+    // One answer is enough, also before anybody was asked how it does.
+    for _ in 0..3 {
+        // The daemon before may look once more.
+        std::thread::sleep(Duration::from_secs(2));
+        *village.says.lock().unwrap() = Some((Duration::ZERO, 1));
+        let daemon = place.serve(false);
+        serves("told once");
+        ends(daemon);
+    }
+}
+
+#[test]
 fn who_answers_while_nobody_says_where_an_instance_is_is_not_believed() {
     let place = Field::new();
     place.town.want(NAME, goal(generation(1, 1, false), false), "shop.test");
     let daemon = place.serve(false);
     place.until_live("1.1", Ending::Succeeded);
-    let page = || {
-        let mut stream = TcpStream::connect(place.address).unwrap();
-        stream.write_all(b"GET / HTTP/1.1\r\nhost: shop.test\r\nconnection: close\r\n\r\n").unwrap();
-        let mut text = String::new();
-        stream.read_to_string(&mut text).unwrap();
-        text.split(' ').nth(1).unwrap().to_owned() + " " + text.rsplit("\r\n").next().unwrap()
-    };
     let is_healthy = |view: &View| view.live.as_ref().is_some_and(|live| live.healthy == 1);
     let is_blind = |view: &View| view.message.as_deref() == Some("the target `main` does not answer");
     // The target is away: what runs, runs on.
     let village = &place.town.village;
     village.away.store(true, Ordering::SeqCst);
     place.until(NAME, "what everybody sees", is_blind);
-    assert_eq!(page(), "200 1.1");
+    assert_eq!(place.page(), "200 1.1");
     // The instance ends, and another program gets its address.
     let address = {
         let houses = village.houses.lock().unwrap();
@@ -544,14 +590,14 @@ fn who_answers_while_nobody_says_where_an_instance_is_is_not_believed() {
     });
     let until = Instant::now() + Duration::from_secs(2);
     while Instant::now() < until {
-        let page = page();
+        let page = place.page();
         assert!(page.starts_with("503 "), "{page}");
         assert!(!is_healthy(&place.view(NAME).unwrap()));
     }
     // The target says that it is there.
     village.away.store(false, Ordering::SeqCst);
     place.until(NAME, "health", |view| is_healthy(view) && view.message.is_none());
-    assert_eq!(page(), "200 another");
+    assert_eq!(place.page(), "200 another");
     drop(asked);
     daemon.ended.store(true, Ordering::SeqCst);
     daemon.thread.join().unwrap().unwrap();

@@ -24,6 +24,8 @@ const BACKLOG: i32 = 4096;
 const MOST_SOCKETS: usize = 32;
 /// Bytes of the names of all of them.
 const MOST_NAMES: usize = 8 << 10;
+/// Name of listeners that are not for requests, but for the API.
+pub const API: &str = "api";
 /// The first descriptor systemd passes (sd_listen_fds(3)).
 const SYSTEMD_FIRST: i32 = 3;
 
@@ -75,7 +77,7 @@ pub fn from_systemd(fds: &str, names: &str) -> Result<Vec<Listener>> {
             let name = names.next().unwrap_or("http").to_owned();
             let socket = adopt(SYSTEMD_FIRST + index as i32)
                 .with_context(|| format!("the socket `{name}` from systemd cannot be used"))?;
-            listener(name.clone(), name.starts_with("https") || name == "api", socket)
+            listener(name.clone(), name.starts_with("https") || name == API, socket)
         })
         .collect()
 }
