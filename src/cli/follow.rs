@@ -31,7 +31,7 @@ pub struct Wanted {
     pub release: Digest,
     /// Digest of the configuration.
     pub config: Digest,
-    /// Rollouts from before are about earlier decisions.
+    /// Rollouts that were over before are about earlier decisions.
     pub since: Timestamp,
     pub until: Until,
 }
@@ -73,7 +73,8 @@ impl Follower {
     /// The lines that `view` has in addition, and the end when this is it.
     pub fn see(&mut self, view: &View, wanted: &Wanted) -> (Vec<String>, Option<End>) {
         let mut lines = Vec::new();
-        if let Some(rollout) = view.rollout.as_ref().filter(|rollout| is_of(rollout, wanted)) {
+        let own = view.rollout.as_ref().filter(|rollout| self.is_of(rollout, wanted));
+        if let Some(rollout) = own {
             self.steps(rollout, view, &mut lines);
         } else if let Some(rollout) = view.rollout.as_ref().filter(|rollout| rollout.outcome.is_none()) {
             self.say(format!("the rollout of {} goes first: {}", rollout.version, rollout.phase), &mut lines);
@@ -81,7 +82,15 @@ impl Follower {
         if let Some(message) = &view.message {
             self.say(message.clone(), &mut lines);
         }
-        (lines, end(view, wanted))
+        (lines, end(view, wanted, own))
+    }
+
+    /// Whether a rollout is that of the decision: of its pair, and none that was over before. One that was shown stays it,
+    /// and one that goes on is it, whatever the clock says.
+    fn is_of(&self, rollout: &Progress, wanted: &Wanted) -> bool {
+        let was_shown = self.shown.as_ref().is_some_and(|(id, since)| *id == rollout.generation && *since == rollout.since);
+        let is_of_pair = rollout.release == wanted.release && rollout.config == wanted.config;
+        is_of_pair && (was_shown || rollout.outcome.is_none() || rollout.since >= wanted.since)
     }
 
     fn steps(&mut self, rollout: &Progress, view: &View, lines: &mut Vec<String>) {
@@ -128,12 +137,7 @@ fn starting(green: &Side) -> String {
     format!("healthy {}/{}{}", green.healthy, green.wanted, why.unwrap_or_default())
 }
 
-/// Whether a rollout is that of the decision.
-fn is_of(rollout: &Progress, wanted: &Wanted) -> bool {
-    rollout.release == wanted.release && rollout.config == wanted.config && rollout.since >= wanted.since
-}
-
-fn end(view: &View, wanted: &Wanted) -> Option<End> {
+fn end(view: &View, wanted: &Wanted, own: Option<&Progress>) -> Option<End> {
     let live = view.live.as_ref().filter(|live| live.release == wanted.release && live.config == wanted.config);
     let name = &wanted.name;
     let serves =
@@ -143,18 +147,17 @@ fn end(view: &View, wanted: &Wanted) -> Option<End> {
         let log = log.to_vec();
         Some(End { good: false, text, log, rollout: view.rollout.clone() })
     };
-    let Some(rollout) = &view.rollout else { return live.and_then(|live| good(serves(live))) };
-    if !is_of(rollout, wanted) {
-        return match (&rollout.outcome, live) {
+    let Some(rollout) = own else {
+        let goes_on = view.rollout.as_ref().is_some_and(|rollout| rollout.outcome.is_none());
+        // The daemon has read the ledger since the decision was made.
+        let newer = view.wanted.as_ref().filter(|pair| (pair.release, pair.config) != (wanted.release, wanted.config));
+        return match (live, newer) {
             // There was nothing to do.
-            (Some(_), Some(live)) => good(serves(live)),
-            // A decision made after this one was quicker.
-            _ if rollout.since > wanted.since => {
-                bad(format!("{name}: a newer decision took this one's place: {} is rolled out", rollout.version), &[])
-            }
+            (Some(live), _) if !goes_on => good(serves(live)),
+            (_, Some(pair)) => bad(format!("{name}: a newer decision took this one's place: {} is wanted", pair.version), &[]),
             _ => None,
         };
-    }
+    };
     let switched = rollout.phase.is_after_switch() || rollout.phase == Phase::Done;
     match &rollout.outcome {
         None if wanted.until == Until::Switch && switched && live.is_some() => live.and_then(|live| good(serves(live))),

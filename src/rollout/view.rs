@@ -54,6 +54,9 @@ pub struct View {
     pub other: Option<Side>,
     /// The rollout that goes on, or the last one, with its outcome.
     pub rollout: Option<Progress>,
+    /// What the ledger wants there, as it was read last.
+    #[serde(default)]
+    pub wanted: Option<Pair>,
     /// The message, while there is maintenance.
     pub maintenance: Option<String>,
     /// Of what is live.
@@ -61,6 +64,15 @@ pub struct View {
     /// What is wrong, for people.
     pub message: Option<String>,
     pub rollback: Promise,
+}
+
+/// A release and a configuration.
+#[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
+pub struct Pair {
+    pub release: Digest,
+    pub version: String,
+    /// Digest of the configuration.
+    pub config: Digest,
 }
 
 /// Blue or green.

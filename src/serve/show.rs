@@ -11,7 +11,7 @@ use crate::config::types::RolloutSettings;
 use crate::release::decision::Status;
 use crate::rollout::plan::{self, Environment, Now, Peers, Seen};
 use crate::rollout::target::Running;
-use crate::rollout::view::{Daemon, FORMAT, InstanceView, Overview, Phase, Progress, Promise, Side, View};
+use crate::rollout::view::{Daemon, FORMAT, InstanceView, Overview, Pair, Phase, Progress, Promise, Side, View};
 
 /// Without a pass for this long the daemon is not well.
 const STUCK: Duration = Duration::from_secs(30);
@@ -88,7 +88,13 @@ fn of(shared: &Shared, model: &mut Model, name: &str) -> View {
     let forced = environment.forced.as_ref().map(|why| format!("live by force: {why}"));
     let gone = place.is_none().then(|| "the ledger does not have it".to_owned()).filter(|_| model.reading.is_some());
     let message = seen.read_only.clone().or(cache.untold).or(seen.switch_error.clone()).or(blind).or(waits).or(forced).or(gone);
+    let wanted = place.and_then(|place| place.wanted.generation.as_ref()).map(|generation| Pair {
+        release: generation.release,
+        version: generation.version.clone(),
+        config: generation.config.digest(),
+    });
     View {
+        wanted,
         environment: name.to_owned(),
         live,
         rollback: promise(&environment, model.reading.as_ref(), name, other.as_ref()),

@@ -214,7 +214,7 @@ fn a_full_disk_begins_nothing_and_ends_nothing() {
     // What serves is kept up all the same.
     comes_again(&place, &live(&place), || {});
     assert_eq!(place.get("prod.test", "/version"), "1.0");
-    assert!(!promotion.is_over(), "{}", promotion.stderr());
+    assert!(!promotion.is_over(), "{}", promotion.stdout());
     let client = place.client("prod.test", "h1,h2,upload,ws,sse");
     fs_err::remove_file(&filler).unwrap();
     promotion.wait(PATIENCE).code(0);

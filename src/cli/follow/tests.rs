@@ -5,7 +5,7 @@ use jiff::Timestamp;
 use super::{Follower, Until, Wanted, promise};
 use crate::cli::daemon::tests::view;
 use crate::oci::digest::Digest;
-use crate::rollout::view::{Color, InstanceView, Outcome, Phase, Progress, Promise, Result as Ended, Side, Step, View};
+use crate::rollout::view::{Color, InstanceView, Outcome, Pair, Phase, Progress, Promise, Result as Ended, Side, Step, View};
 
 pub(in crate::cli) fn at(second: i64) -> Timestamp {
     Timestamp::from_second(1_800_000_000 + second).unwrap()
@@ -135,6 +135,10 @@ fn ends_of_all_kinds() {
     let (blue, green) = (side(Color::Blue, '1', 2), side(Color::Green, '2', 2));
     let case =
         |live: Option<&Side>, rollout: Option<Progress>| shown(&wanted(Until::Done), &[running(live.cloned(), None, rollout)]).1;
+    let wants = |digit: char, live: Option<&Side>, rollout: Option<Progress>| {
+        let wants = Some(Pair { release: digest(digit), version: format!("1.{digit}"), config: digest('c') });
+        shown(&wanted(Until::Done), &[View { wanted: wants, ..running(live.cloned(), None, rollout) }]).1
+    };
     let ours = |result, reason: &str| Some(ended(rollout('2', 10, Phase::Failed, &[]), result, reason));
     let bad = |text: &str| Some((false, text.to_owned()));
     let serves = Some((true, "shop/prod: 1.2 serves (green, healthy 2/2)".to_owned()));
@@ -156,14 +160,24 @@ fn ends_of_all_kinds() {
         (case(Some(&blue), Some(rollout('3', 9, Phase::Starting, &[]))), None),
         (case(Some(&blue), Some(ended(rollout('2', 3, Phase::Failed, &[]), Ended::Failed, "an old try"))), None),
         (
-            case(Some(&blue), Some(rollout('3', 12, Phase::Starting, &[]))),
-            bad("shop/prod: a newer decision took this one's place: 1.3 is rolled out"),
+            wants('3', Some(&blue), Some(rollout('3', 12, Phase::Starting, &[]))),
+            bad("shop/prod: a newer decision took this one's place: 1.3 is wanted"),
         ),
+        (wants('3', Some(&blue), None), bad("shop/prod: a newer decision took this one's place: 1.3 is wanted")),
+        // One that began in the second of the decision goes first; the daemon cannot begin ours at once.
+        (wants('2', Some(&blue), Some(rollout('3', 10, Phase::Watching, &[]))), None),
+        (wants('2', Some(&blue), Some(ended(rollout('3', 10, Phase::Done, &[]), Ended::Succeeded, ""))), None),
+        // Ours failed, and the daemon has told the ledger.
+        (wants('1', Some(&blue), ours(Ended::Failed, "x")), bad("shop/prod: the rollout of 1.2 failed: x; 1.1 serves")),
         (case(None, None), None),
     ];
     for (index, (found, expected)) in cases.into_iter().enumerate() {
         assert_eq!(found, expected, "case {index}");
     }
+    // The clock went back: the rollout that was shown is still ours when it ends.
+    let views = [rollout('2', 4, Phase::Starting, &[]), ended(rollout('2', 4, Phase::Failed, &[]), Ended::Failed, "late")];
+    let views = views.map(|rollout| running(Some(blue.clone()), None, Some(rollout)));
+    assert_eq!(shown(&wanted(Until::Done), &views).1, bad("shop/prod: the rollout of 1.2 failed: late; 1.1 serves"));
     let mut follower = Follower::default();
     let view = running(Some(blue), None, ours(Ended::Failed, "x"));
     assert_eq!(follower.see(&view, &wanted(Until::Done)).1.unwrap().log, ["boom"]);
