@@ -4,6 +4,7 @@
 //! |---|---|
 //! | credentials systemd does not find by itself | `/run/credentials/@initrd/NAME` |
 //! | `system.hostname`, `hostname`, else the pattern of `host.json` | `/etc/hostname` in the overlay |
+//! | the hostname, where `/etc/hosts` does not have it | `/etc/hosts` in the overlay |
 //! | `ssh.authorized_keys.USER`, keys of NoCloud | `/run/pipeline/ssh/USER` |
 //! | `network.{network,link,netdev}.NAME` | `/run/systemd/network/NAME.network` … |
 //! | `network-config` | `/run/systemd/network/10-pipeline-CARD.network` |
@@ -14,7 +15,7 @@ use std::path::Path;
 
 use super::cloud::{self, Wishes};
 use super::credentials::{Brought, Credential, is_name};
-use super::wording::{ForApp, app_owner, environment, filled, for_app, is_hostname, is_variable, owner};
+use super::wording::{ForApp, app_owner, environment, filled, for_app, hosts_with, is_hostname, is_variable, owner};
 use super::{copy, log, yaml};
 
 const ROOT_ONLY: u32 = 0o400;
@@ -48,16 +49,21 @@ fn hand_to_systemd(credentials: &[Credential]) -> std::io::Result<()> {
 
 fn hostname(root: &Path, brought: &Brought, wishes: &Wishes) -> std::io::Result<()> {
     let outside = brought.text("system.hostname").or(wishes.hostname.clone());
-    let Some(name) = outside.or_else(|| hostname_of_pattern(root)) else { return Ok(()) };
-    if !is_hostname(&name) {
+    let given = outside.or_else(|| hostname_of_pattern(root));
+    if given.as_ref().is_some_and(|name| !is_hostname(name)) {
         log::warn("the hostname from outside is not one and is left out");
         return Ok(());
     }
-    copy::file(&root.join("etc/hostname"), format!("{name}\n").as_bytes(), 0o644, (0, 0))?;
+    if let Some(name) = &given {
+        copy::file(&root.join("etc/hostname"), format!("{name}\n").as_bytes(), 0o644, (0, 0))?;
+    }
     // Programs that look up their own name find it without a name server.
-    let hosts = fs::read_to_string(root.join("etc/hosts")).unwrap_or_else(|_| "127.0.0.1\tlocalhost\n::1\tlocalhost\n".into());
-    let kept = hosts.lines().filter(|line| !line.starts_with("127.0.1.1")).map(|line| format!("{line}\n")).collect::<String>();
-    copy::file(&root.join("etc/hosts"), format!("{kept}127.0.1.1\t{name}\n").as_bytes(), 0o644, (0, 0))
+    let read = |path: &str| fs::read_to_string(root.join(path)).ok();
+    let name = given.or_else(|| read("etc/hostname").map(|name| name.trim().to_owned())).filter(|name| is_hostname(name));
+    match name.and_then(|name| hosts_with(read("etc/hosts").as_deref(), &name)) {
+        Some(hosts) => copy::file(&root.join("etc/hosts"), hosts.as_bytes(), 0o644, (0, 0)),
+        None => Ok(()),
+    }
 }
 
 /// The name `host.json` has a pattern for.

@@ -27,6 +27,17 @@ pub fn is_hostname(name: &str) -> bool {
     name.len() <= 64 && name.split('.').all(part)
 }
 
+/// The text of hosts(5) with the machine's own name in it; `None`: it has it already.
+pub fn hosts_with(hosts: Option<&str>, name: &str) -> Option<String> {
+    let hosts = hosts.unwrap_or("127.0.0.1\tlocalhost\n::1\tlocalhost\n");
+    let names = |line: &str| line.split('#').next().unwrap_or_default().split_whitespace().skip(1).any(|word| word == name);
+    if hosts.lines().any(names) {
+        return None;
+    }
+    let kept = hosts.lines().filter(|line| !line.starts_with("127.0.1.1")).map(|line| format!("{line}\n")).collect::<String>();
+    Some(format!("{kept}127.0.1.1\t{name}\n"))
+}
+
 /// User and group of a name in passwd(5).
 pub fn owner(passwd: &str, user: &str) -> Option<(u32, u32)> {
     let mut lines = passwd.lines().map(|line| line.split(':').collect::<Vec<_>>());

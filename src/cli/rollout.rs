@@ -195,6 +195,7 @@ fn instances(side: &Side) -> Vec<Vec<String>> {
         notes.extend((instance.restarts > 0).then(|| format!("restarted {} times", instance.restarts)));
         notes.extend(instance.memory.map(report::bytes));
         notes.extend(instance.last_probe.as_ref().filter(|_| !instance.healthy).cloned());
+        notes.extend(instance.notes.iter().cloned());
         let health = if instance.healthy { "healthy" } else { "not healthy" };
         vec![format!("    {}", instance.id), instance.kind.clone(), instance.status.clone(), health.into(), notes.join(", ")]
     };

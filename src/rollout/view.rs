@@ -148,6 +148,9 @@ pub struct InstanceView {
     pub last_probe: Option<String>,
     /// Bytes now.
     pub memory: Option<u64>,
+    /// What the target could not give it, like limits or a way to the network.
+    #[serde(default)]
+    pub notes: Vec<String>,
 }
 
 /// A rollout.

@@ -122,6 +122,7 @@ fn side(shared: &Shared, model: &Model, environment: &Environment, seen: &Seen, 
                 restarts: found.map_or(0, |found| found.restarts),
                 last_probe: found.and_then(|found| found.last.clone()),
                 memory: found.and_then(|found| found.memory),
+                notes: model.find(&place.id).map(|(found, _)| found.notes).unwrap_or_default(),
                 id: place.id,
                 target: place.target,
             }

@@ -2,7 +2,7 @@
 
 use crate::alias::{matches, parse_aliases, parse_list};
 use crate::slots::{Slot, State, UkiName, grub_marks, grub_state, is_grub_damaged};
-use crate::wording::{ForApp, app_owner, environment, filled, for_app, is_hostname, owner};
+use crate::wording::{ForApp, app_owner, environment, filled, for_app, hosts_with, is_hostname, owner};
 use crate::{cmdline, grubenv, kmsg, smbios};
 
 /// As grub-editenv writes it.
@@ -243,6 +243,22 @@ fn hostnames() {
         [("web-1", true), ("web.example.org", true), ("", false), ("-a", false), ("a..b", false), ("a_b", false), (&long, false)];
     for (name, wanted) in cases {
         assert_eq!(is_hostname(name), wanted, "{name}");
+    }
+}
+
+#[test]
+fn a_machine_finds_its_own_name() {
+    let own = |before: &str| Some(format!("{before}127.0.1.1\tweb\n"));
+    let cases = [
+        (None, own("127.0.0.1\tlocalhost\n::1\tlocalhost\n")),
+        (Some(""), own("")),
+        (Some("127.0.0.1 localhost # web"), own("127.0.0.1 localhost # web\n")),
+        (Some("127.0.1.1 build\n::1 webs\n"), own("::1 webs\n")),
+        (Some("127.0.0.1\tlocalhost web\n"), None),
+        (Some("192.0.2.7 web.example.org\tweb # ours\n"), None),
+    ];
+    for (hosts, wanted) in cases {
+        assert_eq!(hosts_with(hosts, "web"), wanted, "{hosts:?}");
     }
 }
 

@@ -27,6 +27,7 @@ pub(in crate::cli) fn side(color: Color, digit: char, healthy: u32) -> Side {
         restarts: 0,
         last_probe: (number >= healthy).then(|| "status 503".into()),
         memory: Some(12_000_000),
+        notes: Vec::new(),
     };
     Side {
         color,

@@ -37,9 +37,11 @@ shop/prod: healthy
 #[test]
 fn trouble() {
     let outcome = Outcome { result: Ended::Failed, reason: "never healthy".into(), log: vec!["boom".into()] };
+    let mut green = side(Color::Green, '2', 0);
+    green.instances[1].notes.push("no limits".into());
     let shown = View {
         live: None,
-        other: Some(side(Color::Green, '2', 0)),
+        other: Some(green),
         rollout: Some(Progress { outcome: Some(outcome), ..rollout('2', 10, Phase::Failed, &[]) }),
         maintenance: Some("back at 9".into()),
         message: Some("nothing serves".into()),
@@ -52,7 +54,7 @@ shop/prod: UNHEALTHY
   nothing serves
   green  before  1.2  healthy 0/2  7 requests, 0 errors
     shop-prod-222222222222-main-0  local  running  not healthy  12.0 MB, status 503
-    shop-prod-222222222222-main-1  local  running  not healthy  12.0 MB, status 503
+    shop-prod-222222222222-main-1  local  running  not healthy  12.0 MB, status 503, no limits
   rollout of 1.2: failed: never healthy
     | boom
 ";
