@@ -1,6 +1,8 @@
 //! Pulls from and pushes to real registries (Debian's `docker-registry`, filled by `skopeo`) and scripted
 //! ones that behave badly on purpose. Everything listens on 127.0.0.1 and dies with its test.
 
+#[path = "registry/faults.rs"]
+mod faults;
 #[path = "registry/faulty.rs"]
 mod faulty;
 #[path = "registry/push.rs"]

@@ -6,8 +6,9 @@ use std::time::Duration;
 
 use serde_json::Value;
 
+use super::belief::forge;
 use super::common::{Run, me, tool};
-use super::{ROW, Shop, forge};
+use super::shop::{ROW, Shop};
 
 /// A bare repository beside the pipeline file, as `ledger: ./shared.git` names it.
 fn bare(shop: &Shop) -> PathBuf {
