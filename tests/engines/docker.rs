@@ -4,6 +4,7 @@ use std::collections::BTreeMap;
 use std::os::unix::fs::MetadataExt as _;
 use std::path::{Path, PathBuf};
 use std::process::{Child, Command, Stdio};
+use std::sync::{Mutex, PoisonError};
 use std::time::Duration;
 
 use pipeline::artifact::image::read;
@@ -19,6 +20,8 @@ use crate::common::{tests_are_root, tool};
 use crate::image::{image, page, until};
 
 const PATIENCE: Duration = Duration::from_secs(60);
+/// All of them make the bridge `docker0` when there is none: two at once may both try, and one ends.
+static STARTING: Mutex<()> = Mutex::new(());
 
 /// As root the tests are Docker's, unless `PIPELINE_TEST_ENGINE` says `podman`; Docker cannot be started by others.
 fn is_docker() -> bool {
@@ -40,6 +43,7 @@ impl Daemon {
 
     /// Starts it and waits until it answers.
     fn run(dir: &Path) -> Child {
+        let _one = STARTING.lock().unwrap_or_else(PoisonError::into_inner);
         let path = |name: &str| dir.join(name).to_str().unwrap().to_owned();
         let log = fs_err::OpenOptions::new().append(true).create(true).open(dir.join("log")).unwrap().into_parts().0;
         let mut command = if is_docker() {
@@ -64,9 +68,13 @@ impl Daemon {
             command.arg(format!("unix://{}", path("sock")));
             command
         };
-        let child = command.stdin(Stdio::null()).stdout(log.try_clone().unwrap()).stderr(log).spawn().unwrap();
+        let mut child = command.stdin(Stdio::null()).stdout(log.try_clone().unwrap()).stderr(log).spawn().unwrap();
         let engine = pipeline::docker::Engine::at(dir.join("sock"));
-        until("the engine answers", PATIENCE, || engine.about().ok());
+        until("the engine answers", PATIENCE, || {
+            let over = child.try_wait().unwrap();
+            assert!(over.is_none(), "the engine ended: {}", fs_err::read_to_string(dir.join("log")).unwrap());
+            engine.about().ok()
+        });
         child
     }
 
