@@ -37,7 +37,7 @@ pub fn pass(shared: &Arc<Shared>) -> Duration {
     if model.resting {
         return PAUSES[0];
     }
-    let knows = model.has_looked();
+    let knows = model.knows || model.has_looked();
     recover(shared, &mut model);
     look_back(shared, &mut model);
     let done = model.done;
@@ -53,7 +53,7 @@ pub fn pass(shared: &Arc<Shared>) -> Duration {
     busy = act(shared, &mut model) || busy;
     work::look_after(shared, &mut model);
     model.passes += 1;
-    model.knows = model.knows || knows;
+    model.knows = knows;
     model.last_pass = Instant::now();
     model.last_pass_wall = Some(shared.world.now());
     let passes = model.passes;

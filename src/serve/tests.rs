@@ -271,6 +271,13 @@ struct Daemon {
     thread: JoinHandle<Result<()>>,
 }
 
+impl Daemon {
+    fn end(self) {
+        self.ended.store(true, Ordering::SeqCst);
+        self.thread.join().unwrap().unwrap();
+    }
+}
+
 struct Field {
     town: Arc<Town>,
     dir: tempfile::TempDir,
@@ -478,8 +485,7 @@ fn promote_roll_back_fail_restart_replace_without_a_lost_request() {
     assert_eq!(got.keys().collect::<Vec<_>>(), ["1.1", "1.2", "1.4"]);
     // It ends, and what runs goes on; the next one finds it.
     let starts = place.town.village.starts.load(Ordering::SeqCst);
-    second.ended.store(true, Ordering::SeqCst);
-    second.thread.join().unwrap().unwrap();
+    second.end();
     let there = place.town.village.there();
     assert!(there.contains(&generation(4, 2, false).id), "{there:?}");
     let third = place.serve(false);
@@ -495,8 +501,7 @@ fn promote_roll_back_fail_restart_replace_without_a_lost_request() {
     assert_eq!(place.ask("GET", "/v1/environments/shop/none", "").0, 404);
     assert_eq!(place.ask("POST", "/v1/environments/shop/prod/rollout", r#"{"do":"abort"}"#).0, 409);
     assert_eq!(place.ask("POST", "/v1/environments/shop/prod/rollout", r#"{"do":"fly"}"#).0, 400);
-    third.ended.store(true, Ordering::SeqCst);
-    third.thread.join().unwrap().unwrap();
+    third.end();
 }
 
 #[test]
@@ -519,8 +524,7 @@ fn a_target_that_hangs_keeps_only_its_own_waiting() {
     });
     place.ask("POST", "/v1/environments/cart/prod/rollout", r#"{"do":"resume"}"#);
     place.until("cart/prod", "what hung", |view| view.live.is_some());
-    daemon.ended.store(true, Ordering::SeqCst);
-    daemon.thread.join().unwrap().unwrap();
+    daemon.end();
 }
 
 #[test]
@@ -529,24 +533,20 @@ fn a_daemon_serves_when_it_knows_what_runs_and_not_before() {
     place.town.want(NAME, goal(generation(1, 2, false), false), "shop.test");
     let daemon = place.serve(false);
     place.until_live("1.1", Ending::Succeeded);
-    let ends = |daemon: Daemon| {
-        daemon.ended.store(true, Ordering::SeqCst);
-        daemon.thread.join().unwrap().unwrap();
-    };
     let serves = |what: &str| {
         let until = Instant::now() + Duration::from_millis(100);
         while Instant::now() < until {
             assert_eq!(place.page(), "200 1.1", "{what}");
         }
     };
-    ends(daemon);
+    daemon.end();
     // Whoever takes its time is waited for.
     let village = &place.town.village;
     for pause in 0..40 {
         *village.says.lock().unwrap() = Some((Duration::from_millis(pause), u32::MAX));
         let daemon = place.serve(false);
         serves(&format!("{pause} ms"));
-        ends(daemon);
+        daemon.end();
     }
     // One answer is enough, also before anybody was asked how it does.
     for _ in 0..3 {
@@ -555,7 +555,7 @@ fn a_daemon_serves_when_it_knows_what_runs_and_not_before() {
         *village.says.lock().unwrap() = Some((Duration::ZERO, 1));
         let daemon = place.serve(false);
         serves("told once");
-        ends(daemon);
+        daemon.end();
     }
 }
 
@@ -599,8 +599,7 @@ fn who_answers_while_nobody_says_where_an_instance_is_is_not_believed() {
     place.until(NAME, "health", |view| is_healthy(view) && view.message.is_none());
     assert_eq!(place.page(), "200 another");
     drop(asked);
-    daemon.ended.store(true, Ordering::SeqCst);
-    daemon.thread.join().unwrap().unwrap();
+    daemon.end();
 }
 
 #[test]
@@ -632,8 +631,7 @@ fn what_belongs_together_switches_together_or_not_at_all() {
         assert!(Instant::now() < patience, "{told:?}");
         std::thread::sleep(Duration::from_millis(20));
     }
-    daemon.ended.store(true, Ordering::SeqCst);
-    daemon.thread.join().unwrap().unwrap();
+    daemon.end();
 }
 
 #[test]
@@ -642,8 +640,7 @@ fn a_broken_state_holds_what_runs_and_is_not_written_over() {
     place.town.want(NAME, goal(generation(1, 2, false), false), "shop.test");
     let daemon = place.serve(false);
     place.until_live("1.1", Ending::Succeeded);
-    daemon.ended.store(true, Ordering::SeqCst);
-    daemon.thread.join().unwrap().unwrap();
+    daemon.end();
     let file = place.dir.path().join("state/state.json");
     let mut broken = fs_err::read(&file).unwrap();
     let middle = broken.len() / 2;
@@ -663,14 +660,12 @@ fn a_broken_state_holds_what_runs_and_is_not_written_over() {
     stream.read_to_string(&mut text).unwrap();
     assert!(text.ends_with("1.1"), "{text}");
     assert_eq!(place.ask("POST", "/v1/environments/shop/prod/rollout", r#"{"do":"pause"}"#).0, 503);
-    daemon.ended.store(true, Ordering::SeqCst);
-    daemon.thread.join().unwrap().unwrap();
+    daemon.end();
     // Moved away: things go on.
     fs_err::rename(&file, place.dir.path().join("broken")).unwrap();
     let daemon = place.serve(false);
     place.until_live("1.2", Ending::Succeeded);
-    daemon.ended.store(true, Ordering::SeqCst);
-    daemon.thread.join().unwrap().unwrap();
+    daemon.end();
 }
 
 #[test]

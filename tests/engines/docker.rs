@@ -37,13 +37,28 @@ struct Daemon {
 impl Daemon {
     fn start() -> Self {
         let dir = tempfile::Builder::new().prefix("pipeline-engine-").tempdir().unwrap();
-        let child = Self::run(dir.path());
-        Self { child, dir }
+        let _one = STARTING.lock().unwrap_or_else(PoisonError::into_inner);
+        let mut daemon = Self { child: Self::run(dir.path()), dir };
+        daemon.answers();
+        daemon
     }
 
-    /// Starts it and waits until it answers.
-    fn run(dir: &Path) -> Child {
+    /// Starts it again, after [`Daemon::end`].
+    fn again(&mut self) {
         let _one = STARTING.lock().unwrap_or_else(PoisonError::into_inner);
+        self.child = Self::run(self.dir.path());
+        self.answers();
+    }
+
+    fn answers(&mut self) {
+        let engine = pipeline::docker::Engine::at(self.dir.path().join("sock"));
+        until("the engine answers", PATIENCE, || {
+            assert!(self.child.try_wait().unwrap().is_none(), "the engine ended");
+            engine.about().ok()
+        });
+    }
+
+    fn run(dir: &Path) -> Child {
         let path = |name: &str| dir.join(name).to_str().unwrap().to_owned();
         let log = fs_err::OpenOptions::new().append(true).create(true).open(dir.join("log")).unwrap().into_parts().0;
         let mut command = if is_docker() {
@@ -68,18 +83,13 @@ impl Daemon {
             command.arg(format!("unix://{}", path("sock")));
             command
         };
-        let mut child = command.stdin(Stdio::null()).stdout(log.try_clone().unwrap()).stderr(log).spawn().unwrap();
-        let engine = pipeline::docker::Engine::at(dir.join("sock"));
-        until("the engine answers", PATIENCE, || {
-            let over = child.try_wait().unwrap();
-            assert!(over.is_none(), "the engine ended: {}", fs_err::read_to_string(dir.join("log")).unwrap());
-            engine.about().ok()
-        });
-        child
+        command.stdin(Stdio::null()).stdout(log.try_clone().unwrap()).stderr(log).spawn().unwrap()
     }
 
     fn end(&mut self) {
-        rustix::process::kill_process(rustix::process::Pid::from_child(&self.child), rustix::process::Signal::TERM).unwrap();
+        if self.child.try_wait().unwrap().is_none() {
+            rustix::process::kill_process(rustix::process::Pid::from_child(&self.child), rustix::process::Signal::TERM).unwrap();
+        }
         self.child.wait().unwrap();
     }
 
@@ -355,7 +365,7 @@ fn bad_days() {
     let error = world.target().list().unwrap_err();
     let socket = world.daemon.dir.path().join("sock").display().to_string();
     assert!(exit_code(&error) == 75 && error.to_string().contains(&socket), "{error}");
-    world.daemon.child = Daemon::run(world.daemon.dir.path());
+    world.daemon.again();
     assert_eq!(world.page(&spec.id, "/secret"), "top secret");
 
     // A program that ends is started again.
